@@ -1,0 +1,1635 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26,<2.6", "torch>=2.11,<=2.13.0"]
+# ///
+# Thrust 1.0, MIT licence, copyright 2026 the Thrust authors
+"""Thrust: PPO in one file, to be read from top to bottom, copied from, and run.
+
+PPO, Proximal Policy Optimization, trains a neural network to act by letting it play, working
+out which of its actions led to more reward than expected, and making those a little more
+probable: never much more at once, because what was learned from one way of playing stops being
+true once the way of playing has changed.
+
+This file is the whole of it: a game (balancing a pole on a cart, hundreds of them at a time),
+worker processes that play games in parallel, the networks, the arithmetic that assigns credit,
+the loss, the training loop and a command line. It needs NumPy and PyTorch, nothing else. It is
+not a framework: no recurrent networks, no replay memory, no self-play, no hyperparameter
+sweeps, no callbacks, no plugins.
+
+    python thrust.py           train, and see the pole balanced within seconds
+    python thrust.py --help    every knob, its default, and what goes wrong when it is turned
+
+PPO in six steps. The training loop, at the end of part 7, carries the same numbers.
+
+    1. Collect.    Let the policy play T steps in N environments at once; keep all of it.
+    2. Value.      Ask a second network what it expected to still earn from each state.
+    3. Advantage.  Work out, for every action, how much better it went than expected.
+    4. Improve.    For a few epochs, in small shuffled batches: make actions that went better
+                   than expected more probable and the others less, within a narrow band around
+                   the policy that played; and correct the second network's expectations.
+    5. Report.     Log what happened, save a checkpoint, and throw the data away: it was played
+                   by a policy that no longer exists.
+    6. Repeat      from 1 until the budget of steps is spent; then evaluate the final policy.
+
+The parts, each using only what stands above it:
+
+    1. Config         the knobs               5. RolloutBuffer  storage, and advantages (GAE)
+    2. CartPole       the game                6. PPO            the loss and the update
+    3. EnvPool        games in processes      7. Training       the loop, checkpoints, resume
+    4. ActorCritic    the two networks        8. Command line   flags, exit codes
+
+Words. An *observation* (obs) is what the player sees, an *action* what it does, a *reward* the
+number it is paid for one step, an *episode* one game from start to end. The *policy* gives each
+possible action a probability; the player draws from those. The *return* is the sum of rewards
+from some step on, and the *value* of a state is the return that the policy can expect from
+there. Letters, which mean the same in every part:
+
+    N  environments played side by side        γ  discount: a reward k steps away counts γᵏ
+    T  steps in one rollout of each of them    λ  how far advantages look past the value network
+    B  = T·N, the transitions in a rollout     ε  how far the policy may move in one update
+    M  transitions in one minibatch            δ  one step's surprise (part 5)
+    O  numbers in one observation              Â  estimated advantage
+    A  actions to choose from                  V  estimated value
+
+Shapes stand at the ends of lines, as in `# (T, N, O)`. Arrays that remember time are (T, N);
+those that an update trains on are flat, (B,) or (M,), because by then order no longer matters.
+
+Sources: PPO, Schulman et al. 2017, arXiv:1707.06347. GAE, Schulman et al. 2015,
+arXiv:1506.02438. What matters in practice, Andrychowicz et al. 2020, arXiv:2006.05990. Time
+limits, Pardo et al. 2018, arXiv:1712.00378. Adam, Kingma and Ba 2014, arXiv:1412.6980.
+Orthogonal weights, Saxe et al. 2013, arXiv:1312.6120. The pole, Barto, Sutton and Anderson
+1983, "Neuronlike adaptive elements that can solve difficult learning control problems".
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing as mp
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.adam import adam
+
+# ==============================================================================================
+# 1. Config
+# Needs: import dataclasses; from typing import Any
+#
+# Every number that a user may want to turn stands here once: its default, and the text that
+# --help prints. The command line (part 8) is generated from this class, and so is the
+# config.json that a run leaves behind.
+#
+# The defaults solve CartPole in seconds on a laptop. They are unusual in one respect, a
+# learning rate about 25 times the common 3e-4. CartPole pays the same for every step and its
+# episodes are short, so advantages carry little noise and long steps are safe; and because the
+# rate falls linearly towards zero, the long steps come first and the careful ones last.
+# ==============================================================================================
+
+
+def knob(default: Any, help: str, kind: type | None = None) -> Any:
+    """A field with its help text, and the type that a flag converts to (or the default's)."""
+    metadata = {"help": help, "kind": kind or type(default)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that determines a run. Immutable; `dataclasses.replace` makes a changed copy. Raises
+    ValueError with one sentence that names the field, the value and the rule."""
+
+    env: str = knob("CartPole", "the environment to train on")
+    seed: int = knob(0, "the number that every random draw of the run is derived from")
+    num_envs: int = knob(64, "environments played side by side (N); more: steadier gradients")
+    num_steps: int = knob(32, "steps of each per rollout (T); few: credit cannot travel far")
+    total_steps: int = knob(150_000, "steps to train for, in all environments together")
+    minibatch_size: int = knob(512, "transitions per gradient step (M); small: noisy gradients")
+    epochs: int = knob(4, "passes over each rollout; too many: the policy outruns its data")
+    learning_rate: float = knob(8e-3, "Adam's step size; too large: the policy collapses")
+    anneal: bool = knob(True, "lower the learning rate linearly, update by update, to zero")
+    gamma: float = knob(0.98, "discount γ; the policy cares for the next 1/(1-γ) steps or so")
+    gae_lambda: float = knob(0.9, "λ; 0: advantages trust the value network, 1: only rewards")
+    clip: float = knob(0.2, "ε: how far a probability may move, as a fraction, in one update")
+    ent_coef: float = knob(0.0, "weight of the entropy bonus; raise it to explore for longer")
+    vf_coef: float = knob(0.5, "weight of the value network's mean squared error")
+    max_grad_norm: float = knob(0.5, "longest gradient; longer ones are scaled down to it")
+    target_kl: float | None = knob(None, "end an update when the policy is this far", float)
+    hidden: tuple[int, ...] = knob((64, 64), "widths of each network's hidden layers", int)
+    workers: int = knob(0, "processes that step the environments; 0: this one does (part 3)")
+    threads: int = knob(1, "torch's threads; networks this small are slower with more")
+    checkpoint_every: int = knob(10, "updates from one checkpoint to the next")
+    eval_episodes: int = knob(100, "episodes of the evaluation after training")
+
+    @property
+    def batch_size(self) -> int:
+        """B: transitions in one rollout."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Rollouts that fit into total_steps; what is left over is not played."""
+        return self.total_steps // self.batch_size
+
+    def __post_init__(self) -> None:
+        def require(names: str, possible: Any, rule: str) -> None:
+            for name in names.split():
+                value = getattr(self, name)
+                if not possible(value):
+                    raise ValueError(f"{name} = {value!r} is not possible: it must be {rule}")
+
+        def whole(value: Any) -> bool:
+            return isinstance(value, int) and value >= 1
+
+        # Each rule is put so that NaN fails it: every comparison with NaN is false.
+        sizes = "num_envs num_steps total_steps minibatch_size epochs threads checkpoint_every"
+        require(sizes + " eval_episodes", whole, "a whole number, at least 1")
+        require("seed workers", lambda v: v == 0 or whole(v), "a whole number, 0 or more")
+        require("hidden", lambda v: all(map(whole, v)), "whole numbers, at least 1 each")
+        require("gamma gae_lambda", lambda v: 0 <= v <= 1, "from 0 to 1")
+        require("clip", lambda v: 0 < v < 1, "above 0 and below 1")
+        huge = float("inf")
+        require("ent_coef vf_coef", lambda v: 0 <= v < huge, "finite and 0 or more")
+        require("learning_rate max_grad_norm", lambda v: 0 < v < huge, "finite and above 0")
+        require("target_kl", lambda v: v is None or v > 0, "above 0, or not given at all")
+        require("workers", lambda v: v <= self.num_envs, f"at most num_envs, {self.num_envs}")
+        rollout = f"num_envs * num_steps = {self.batch_size}"
+        require("minibatch_size", lambda v: v <= self.batch_size, f"at most {rollout}")
+        require("total_steps", lambda v: v >= self.batch_size, f"at least {rollout}")
+
+
+# ==============================================================================================
+# 2. CartPole
+# Needs: import math; import numpy as np; from typing import Any, ClassVar, NamedTuple
+#
+# A pole stands on a cart, hinged at its foot. At every step, 50 times a second, the player
+# pushes the cart with a fixed force to the left (action 0) or to the right (action 1), and is
+# paid 1. The game is lost when the pole leans over 12 degrees or the cart leaves the track.
+#
+# Why a batch of N poles, and not one? A NumPy call costs about half a microsecond before it
+# touches a number. One pole at a time pays that forty times per step; N poles in one array pay
+# it forty times for all of them. Each quantity is one row of N numbers ("structure of arrays"),
+# so that every call runs over contiguous memory, and writes into memory that exists already.
+#
+# An episode can end in two ways, and the difference matters later (part 5):
+#
+#   terminated   the game itself is over: the pole fell. No reward can follow from here.
+#   truncated    somebody stopped watching: here, after 500 steps. The pole still stands, and
+#                the reward that would have followed is real; only nobody will see it.
+#
+# Both flags belong to the step that ended the episode, not to the one after. A game that ended
+# begins anew within that same step ("auto-reset"; Gymnasium calls this mode SAME_STEP), so that
+# the batch never has holes. `obs` is then the first observation of the next episode, and the
+# last one of the episode that ended is in `info["final_obs"]`, in the same row.
+#
+# The numbers are those of Gymnasium's CartPole-v1, bit for bit: same seeds, same start states,
+# same observations. So the order of operations below is Gymnasium's: a tidier formula would
+# round differently, and a balanced pole soon amplifies a last bit into another game.
+#
+# The methods are those of every vector environment in Gymnasium, and all that Thrust asks of
+# one. Environments that keep the same contract can take CartPole's place: in the pool (part 3),
+# which is one too, and in training.
+# ==============================================================================================
+
+StepResult = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
+
+
+class Box(NamedTuple):
+    """Arrays of real numbers from `low` to `high`, with the attributes of Gymnasium's Box."""
+
+    low: np.ndarray
+    high: np.ndarray
+    shape: tuple[int, ...]
+    dtype: Any = np.dtype(np.float32)
+
+
+class Discrete(NamedTuple):
+    """Whole numbers 0 ... n-1, with the attributes of Gymnasium's Discrete."""
+
+    n: int
+    shape: tuple[int, ...] = ()
+    dtype: Any = np.dtype(np.int64)
+
+
+class CartPole:
+    """N independent CartPoles, with the interface of a Gymnasium vector environment.
+
+    Observations are float32 (N, 4): cart position x (m), cart velocity ẋ (m/s), pole angle θ
+    (rad, clockwise), pole angular velocity θ̇ (rad/s). Actions are integers (N,), 0 or 1.
+    Rewards are float64 (N,), always 1. What `reset` and `step` return are views into this
+    object, valid until its next call: copy what you keep.
+
+    Bit for bit Gymnasium's SyncVectorEnv of CartPole-v1 in SAME_STEP mode. The equations are
+    Barto, Sutton and Anderson's, frictionless, as corrected by Florian 2007, "Correct equations
+    for the dynamics of the cart-pole system". Raises ValueError for sizes below 1.
+    """
+
+    GRAVITY = 9.8  # m/s²
+    POLE_MASS = 0.1  # kg
+    TOTAL_MASS = POLE_MASS + 1.0  # kg, with the cart
+    HALF_LENGTH = 0.5  # m, from the hinge to the pole's centre of mass
+    FORCE = 10.0  # N
+    TAU = 0.02  # s from one step to the next
+    X_LIMIT = 2.4  # m to either side
+    ANGLE_LIMIT = 12 * 2 * math.pi / 360  # rad to either side
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": "SameStep"}
+
+    def __init__(self, num_envs: int, max_episode_steps: int = 500) -> None:
+        if num_envs < 1 or max_episode_steps < 1:
+            raise ValueError(
+                f"CartPole({num_envs}, {max_episode_steps}): both must be at least 1"
+            )
+        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        bound = [2 * self.X_LIMIT, math.inf, 2 * self.ANGLE_LIMIT, math.inf]
+        high = np.array(bound, np.float32)
+        self.single_observation_space = Box(-high, high, high.shape)
+        self.single_action_space = Discrete(2)
+
+        # _state[0] is positions, _state[1] velocities; in each, row 0 is the cart's (in metres)
+        # and row 1 the pole's (in radians). An observation is x, ẋ, θ, θ̇: the axes swapped.
+        self._state = np.zeros((2, 2, num_envs))
+        self._acceleration = np.zeros((2, num_envs))
+        self._work = np.zeros((4, num_envs))
+        self._obs, self._final_obs = np.zeros((2, 4, num_envs), np.float32)
+        self._reward = np.ones(num_envs)
+        self._terminated, self._truncated, self._outside = np.zeros((3, num_envs), bool)
+
+        self._seeds, self._episodes, self._steps = np.zeros((3, num_envs), np.int64)
+        # Each environment draws its start states from a generator of its own, many at a time:
+        # one draw of (256, 4) is the same stream as 256 draws of 4, at a hundredth of the cost.
+        self._block = min(256, max(16, 2**20 // num_envs))
+        self._starts = np.zeros((num_envs, self._block, 4))
+        self._generators: list[np.random.Generator] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begins an episode everywhere: (obs, {}).
+
+        With a seed, environment i draws its start states from a generator seeded seed + i;
+        without, the generators go on where they were (in a fresh object, the operating system
+        gives a seed). Raises ValueError for a seed that is negative or does not fit into 63
+        bits, and for options, of which there are none.
+        """
+        if options:
+            raise ValueError(f"CartPole has no reset options, got {options}")
+        if seed is None and not self._generators:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        if seed is not None:
+            if not 0 <= seed <= 2**63 - self.num_envs:
+                raise ValueError(f"seed must be from 0 to 2**63 - num_envs, got {seed}")
+            self._seeds[:] = np.arange(self.num_envs) + seed
+            self._seed_generators(np.zeros(self.num_envs, np.int64))
+        self._begin_episodes(np.arange(self.num_envs))
+        self._observe(self._obs)
+        return self._obs.T, {}
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Pushes every cart once: (obs, reward, terminated, truncated, info).
+
+        `info` is empty, or, where episodes ended, has "final_obs": float32 (N, 4), to be read
+        in the rows where terminated | truncated. Raises ValueError unless actions are integers
+        0 or 1 of shape (N,), and RuntimeError before the first reset.
+        """
+        if not self._generators:
+            raise RuntimeError("call reset() before the first step()")
+        actions = np.asarray(actions)
+        right_kind = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
+        # The bitwise or of all actions is 0 or 1 exactly if each of them is.
+        if not right_kind or np.bitwise_or.reduce(actions) not in (0, 1):
+            got = f"{actions.dtype} {actions.shape}: {actions}"
+            raise ValueError(f"actions must be ({self.num_envs},) integers 0 or 1, got {got}")
+
+        position, velocity = self._state  # (2, N) each: the cart's, the pole's
+        x_acceleration, angle_acceleration = self._acceleration
+        sin, cos, temp, work = self._work
+        np.sin(position[1], out=sin)
+        np.cos(position[1], out=cos)
+        # F = -10 N for action 0, +10 N for action 1
+        np.multiply(actions, 2 * self.FORCE, out=work)
+        work -= self.FORCE
+        # temp = (F + m·l·θ̇²·sin θ) / M
+        np.square(velocity[1], out=temp)
+        temp *= self.POLE_MASS * self.HALF_LENGTH
+        temp *= sin
+        temp += work
+        temp /= self.TOTAL_MASS
+        # θ̈ = (g·sin θ - cos θ·temp) / (l·(4/3 - m·cos²θ / M))
+        sin *= self.GRAVITY
+        np.multiply(cos, temp, out=work)
+        np.subtract(sin, work, out=angle_acceleration)
+        np.square(cos, out=work)
+        work *= self.POLE_MASS
+        work /= self.TOTAL_MASS
+        np.subtract(4.0 / 3.0, work, out=work)
+        work *= self.HALF_LENGTH
+        angle_acceleration /= work
+        # ẍ = temp - m·l·θ̈·cos θ / M
+        np.multiply(angle_acceleration, self.POLE_MASS * self.HALF_LENGTH, out=work)
+        work *= cos
+        work /= self.TOTAL_MASS
+        np.subtract(temp, work, out=x_acceleration)
+        # Euler's method: position += τ·velocity, then velocity += τ·acceleration
+        pair = self._work[:2]  # sin and cos are not needed any more
+        np.multiply(velocity, self.TAU, out=pair)
+        position += pair
+        self._acceleration *= self.TAU
+        velocity += self._acceleration
+        # terminated = |x| > 2.4 m or |θ| > 12°; truncated = 500 steps
+        np.abs(position, out=pair)
+        np.greater(pair[0], self.X_LIMIT, out=self._outside)
+        np.greater(pair[1], self.ANGLE_LIMIT, out=self._terminated)
+        self._terminated |= self._outside
+        self._steps += 1
+        np.greater_equal(self._steps, self.max_episode_steps, out=self._truncated)
+
+        info = {}
+        ended = (self._terminated | self._truncated).nonzero()[0]
+        if ended.size:
+            self._observe(self._final_obs)
+            info["final_obs"] = self._final_obs.T
+            self._begin_episodes(ended)
+        self._observe(self._obs)
+        self._reward.fill(1.0)  # every time: the caller may have written into its view
+        return self._obs.T, self._reward, self._terminated, self._truncated, info
+
+    def close(self) -> None:
+        """Does nothing: there is nothing to release."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of all that the future depends on, N rows each. The generators are in it as a
+        seed and a number of episodes begun: PCG64 can jump to any place of its stream."""
+        state = self._state.transpose(2, 1, 0).reshape(self.num_envs, 4)
+        rest = {"steps": self._steps, "seed": self._seeds, "episodes": self._episodes}
+        return {"state": state, **{name: array.copy() for name, array in rest.items()}}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from what `state` returned, here or in another CartPole of as many poles."""
+        self._state[...] = state["state"].reshape(self.num_envs, 2, 2).transpose(2, 1, 0)
+        self._steps[:], self._seeds[:] = state["steps"], state["seed"]
+        self._seed_generators(state["episodes"])
+        self._observe(self._obs)
+
+    def _observe(self, out: np.ndarray) -> None:
+        out.reshape(2, 2, self.num_envs)[...] = self._state.swapaxes(0, 1)
+
+    def _seed_generators(self, episodes: np.ndarray) -> None:
+        """Gives each environment its generator, past the draws for `episodes` (N,) episodes."""
+        self._episodes[:] = episodes
+        self._generators = []
+        for i, seed in enumerate(self._seeds.tolist()):
+            blocks, inside = divmod(int(episodes[i]), self._block)
+            stream = np.random.PCG64(seed)
+            stream.advance(blocks * self._block * 4)
+            self._generators.append(np.random.Generator(stream))
+            if inside:
+                self._draw_starts(i)
+
+    def _draw_starts(self, i: int) -> None:
+        self._starts[i] = self._generators[i].uniform(-0.05, 0.05, (self._block, 4))
+
+    def _begin_episodes(self, rows: np.ndarray) -> None:
+        """Puts the environments `rows` (k,) into start states: ±0.05 in every quantity."""
+        episodes = self._episodes[rows]
+        slots = episodes % self._block
+        for i in rows[slots == 0]:
+            self._draw_starts(i)
+        starts = self._starts.reshape(-1, 4).take(rows * self._block + slots, axis=0)  # (k, 4)
+        self._state.swapaxes(0, 1)[..., rows] = starts.T.reshape(2, 2, len(rows))
+        self._episodes[rows] = episodes + 1
+        self._steps[rows] = 0
+
+
+# ==============================================================================================
+# 3. EnvPool
+# Needs: import multiprocessing as mp, os, signal, threading, time, traceback, weakref; parts 2
+#
+# An environment written in Python uses one core, however many there are. The pool splits N
+# environments over W worker processes, each of which steps a slice of its own:
+#
+#             the learner's process                      worker 0          worker 1
+#       send: writes actions   ──── go ──────────────▶   steps rows        steps rows
+#       recv: waits            ◀─── done ─────────────   0 ... N/2-1       N/2 ... N-1
+#                     │                                     │                 │
+#       ┌─────────────▼─────────────────────────────────────▼─────────────────▼────────┐
+#       │ shared memory:  action | obs | final_obs | reward | terminated | truncated   │
+#       └──────────────────────────────────────────────────────────────────────────────┘
+#
+# All of them see the same memory, so nothing is pickled or sent. Every array has one writer at
+# a time: between `done` and `go` the learner, between `go` and `done` a worker, in its rows.
+# `go` and `done` are semaphores, a pair per worker. They also order memory: what was written
+# before a release is seen after the acquire that it allows.
+#
+# Who waits first asks again and again for a while, giving way to other processes in between,
+# and only then sleeps. Being woken takes as long as stepping a hundred CartPoles, so a fast
+# exchange should never sleep; but a worker that waits for the learner to compute must not burn
+# the core that the learner computes on, so a long wait should. Gymnasium and Stable-Baselines3
+# send through pipes, which always sleep.
+#
+# The learner never waits blindly: ten times a second it looks whether the worker is alive, and
+# whether its time is up. A worker has a thread that waits for the learner's process to end, and
+# then ends the worker, even if that is stuck inside an environment.
+#
+# When does a pool lose to one process? When stepping the whole batch takes less time than the
+# exchange, some 10 to 20 µs per worker; when there is no core to spare; and in short runs: the
+# first worker costs as long as importing torch takes, two seconds or so, each further one a few
+# hundredths. It wins where environments are slow. Seeds belong to environments, not to workers,
+# so results are the same, bit for bit, with any number of them.
+# ==============================================================================================
+
+STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
+DOING = ["stepping", "resetting", "giving its state", "taking a state", "closing"]
+ASK_FOR = 200e-6  # seconds, before sleeping
+
+
+class WorkerError(RuntimeError):
+    """A worker raised, died or did not answer in time, and the pool has been closed.
+
+    `worker` is its number; `exitcode` its exit code (negative: the signal that killed it), None
+    if it had not exited.
+    """
+
+    def __init__(self, message: str, worker: int = -1, exitcode: int | None = None) -> None:
+        super().__init__(message)
+        self.worker, self.exitcode = worker, exitcode
+
+
+def _build(make_env: Any, num_envs: int) -> Any:
+    """make_env(num_envs), or ValueError if what it makes breaks the contract of part 2."""
+    env = make_env(num_envs)
+    mode = getattr(env, "metadata", {}).get("autoreset_mode")
+    if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
+        raise ValueError(
+            f"{type(env).__name__} does not begin a new episode in the step that ends one (its "
+            f"autoreset_mode is {mode}): build it with Gymnasium's SyncVectorEnv(..., "
+            "autoreset_mode=AutoresetMode.SAME_STEP)"
+        )
+    if env.num_envs != num_envs:
+        raise ValueError(f"make_env({num_envs}) made {env.num_envs} environments")
+    return env
+
+
+def _layout(env: Any, num_envs: int, workers: int) -> dict[str, Any]:
+    """{name: (shape, dtype)} of all arrays that the learner shares with its workers."""
+    obs, action = env.single_observation_space, env.single_action_space
+    rows = {"action": action, "obs": obs, "final_obs": obs}
+    layout = {name: ((num_envs, *space.shape), space.dtype) for name, space in rows.items()}
+    layout["reward"] = ((num_envs,), np.dtype(np.float64))
+    layout["terminated"] = layout["truncated"] = ((num_envs,), np.dtype(bool))
+    if hasattr(env, "state"):
+        env.reset(seed=0)
+        for name, value in env.state().items():
+            layout["state:" + name] = ((num_envs, *value.shape[1:]), value.dtype)
+    layout["seed"] = ((2,), np.dtype(np.int64))  # whether there is one, and which
+    layout["command"] = ((max(workers, 1),), np.dtype(np.uint8))
+    layout["error"] = ((max(workers, 1), 8192), np.dtype(np.uint8))  # a traceback, as UTF-8
+    return layout
+
+
+def _arrays_in(memory: dict[str, Any], layout: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The memory, a block of bytes for each name, as the arrays of `layout`."""
+    return {k: np.frombuffer(memory[k], dtype).reshape(s) for k, (s, dtype) in layout.items()}
+
+
+def _state_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    start = "state:"
+    return {k.removeprefix(start): a.copy() for k, a in arrays.items() if k.startswith(start)}
+
+
+class _Slice:
+    """The environments first ... stop-1 of a pool, and their rows of its arrays."""
+
+    def __init__(self, make_env: Any, rows: tuple[int, int], arrays: dict[str, np.ndarray]):
+        first, stop = rows
+        self.env, self.first, self.seed = _build(make_env, stop - first), first, arrays["seed"]
+        whole = ("seed", "command", "error")
+        self.rows = {k: array[first:stop] for k, array in arrays.items() if k not in whole}
+
+    def run(self, command: int) -> None:
+        """Does what `command` says; its arguments and results are in the arrays."""
+        env, rows = self.env, self.rows
+        if command == STEP:
+            obs, rows["reward"][:], terminated, truncated, info = env.step(rows["action"])
+            rows["obs"][:] = obs
+            rows["terminated"][:], rows["truncated"][:] = terminated, truncated
+            ended = np.logical_or(terminated, truncated).nonzero()[0]
+            if ended.size:
+                final = info["final_obs"][ended]  # Gymnasium's is an array of objects
+                rows["final_obs"][ended] = np.stack(final) if final.dtype == object else final
+        elif command == RESET:
+            given, seed = self.seed.tolist()
+            rows["obs"][:] = env.reset(seed=seed + self.first if given else None)[0]
+        elif command == GET_STATE:
+            for name, value in env.state().items():
+                rows["state:" + name][:] = value
+        elif command == SET_STATE:
+            env.set_state(_state_of(rows))
+        else:
+            env.close()
+
+
+def _acquire(semaphore: Any, timeout: float | None) -> bool:
+    """Waits for `semaphore` up to `timeout` seconds (None: for ever); whether it came."""
+    give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # not on Windows
+    began = time.perf_counter()
+    while time.perf_counter() - began < ASK_FOR:
+        if semaphore.acquire(False):
+            return True
+        give_way()
+    return bool(semaphore.acquire(True, timeout))
+
+
+def _worker(
+    worker: int, make_env: Any, rows: Any, memory: Any, layout: Any, go: Any, done: Any
+) -> None:
+    """What a worker process runs: it builds its slice, and obeys until it is told to close."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle
+    threading.Thread(target=_follow_learner, daemon=True).start()
+    arrays = _arrays_in(memory, layout)
+    try:
+        environments, command = _Slice(make_env, rows, arrays), -1
+        while command != CLOSE:
+            done.release()  # built, or done with the last command
+            _acquire(go, None)
+            command = int(arrays["command"][worker])
+            environments.run(command)
+    except BaseException:
+        text = traceback.format_exc().encode()[-arrays["error"].shape[1] :]
+        arrays["error"][worker, : len(text)] = np.frombuffer(text, np.uint8)
+        done.release()
+        raise SystemExit(1) from None
+
+
+def _follow_learner() -> None:
+    learner = mp.parent_process()
+    assert learner is not None
+    learner.join()
+    os._exit(1)
+
+
+class _Process(NamedTuple):
+    process: Any
+    go: Any
+    done: Any
+
+
+def _end(workers: list[_Process], command: np.ndarray, grace: float) -> None:
+    """Tells the workers to close, and kills those that have not ended in `grace` seconds."""
+    command[:] = CLOSE
+    for worker in workers:
+        worker.go.release()
+    deadline = time.monotonic() + grace
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join(1.0)
+
+
+class EnvPool:
+    """N environments, stepped by W worker processes, or in this process if W is 0.
+
+    Itself a vector environment; `step` is `send` then `recv`, for callers with something to do
+    in between. What these return are views into the shared memory, valid until the next `send`,
+    `reset` or `set_state`: copy what you keep. Of an environment's `info`, only "final_obs" is
+    passed on.
+
+    make_env      make_env(n) builds a vector environment of n environments, as CartPole does
+    start_method  "fork", "forkserver" or "spawn". By default forkserver, where there is one: a
+                  process that imports torch once, and of which workers are forked. Plain fork
+                  starts sooner, but copies a process whose threads may be holding locks.
+    timeout       seconds that a worker may take for one command
+
+    Raises ValueError for an impossible number of workers, actions of the wrong shape or an
+    environment that breaks the contract; TypeError for a make_env that workers cannot import;
+    RuntimeError for calls out of order; WorkerError for a worker that failed.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": "SameStep"}
+
+    def __init__(
+        self,
+        make_env: Any,
+        num_envs: int,
+        workers: int,
+        *,
+        start_method: str | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        if num_envs < 1 or not 0 <= workers <= num_envs:
+            got = f"num_envs = {num_envs} and workers = {workers}"
+            raise ValueError(f"a pool needs 1 or more environments, 0 to N workers; got {got}")
+        self.num_envs, self.timeout, self._closed = num_envs, timeout, False
+        self._pending: int | None = None  # the command that was posted and not yet collected
+        self._workers: list[_Process] = []
+        self._bounds = [num_envs * w // max(workers, 1) for w in range(max(workers, 1) + 1)]
+
+        env = _build(make_env, 1)  # only to ask it
+        self.single_observation_space = env.single_observation_space
+        self.single_action_space = env.single_action_space
+        self.has_state = hasattr(env, "state")
+        layout = _layout(env, num_envs, workers)
+        env.close()
+        sizes = {k: math.prod(shape) * dtype.itemsize for k, (shape, dtype) in layout.items()}
+        if workers > 0:
+            self._start(make_env, layout, sizes, start_method)
+        else:
+            memory = {name: bytearray(size) for name, size in sizes.items()}
+            self._arrays = _arrays_in(memory, layout)
+            self._slice = _Slice(make_env, (0, num_envs), self._arrays)
+
+    def _start(self, make_env: Any, layout: Any, sizes: Any, start_method: str | None) -> None:
+        if start_method is None:
+            has_server = "forkserver" in mp.get_all_start_methods()
+            start_method = "forkserver" if has_server else "spawn"
+        context: Any = mp.get_context(start_method)
+        if start_method != "fork":
+            try:
+                context.reducer.ForkingPickler.dumps(make_env)
+            except Exception as error:
+                raise TypeError(
+                    "workers cannot import make_env: it must be a function or class at the top "
+                    f"level of a module, not a lambda or defined inside a function ({error})"
+                ) from None
+        if start_method == "forkserver":
+            context.set_forkserver_preload(["__main__", "numpy", "torch"])
+        # Zeros. On Linux their file is unlinked at once, so nothing can be left behind.
+        memory = {name: context.RawArray("b", size) for name, size in sizes.items()}
+        self._arrays = _arrays_in(memory, layout)
+        shared = self._workers, self._arrays["command"]
+        self._finalizer = weakref.finalize(self, _end, *shared, 1.0)
+        try:
+            for w, rows in enumerate(zip(self._bounds, self._bounds[1:])):
+                go, done = context.Semaphore(0), context.Semaphore(0)
+                arguments = (w, make_env, rows, memory, layout, go, done)
+                process = context.Process(target=_worker, args=arguments, daemon=True)
+                process.start()
+                self._workers.append(_Process(process, go, done))
+            self._wait("starting")
+        except BaseException:
+            self.close(0.2)
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.process.pid for worker in self._workers]
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begins an episode everywhere: (obs, {}). Environment i is seeded seed + i."""
+        if options:
+            raise ValueError(f"a pool passes no reset options on, got {options}")
+        self._post(RESET, seed=(seed is not None, seed or 0))
+        self._collect()
+        return self._arrays["obs"], {}
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """`send(actions)`, then `recv()`."""
+        self.send(actions)
+        return self.recv()
+
+    def send(self, actions: np.ndarray) -> None:
+        """Sets the workers to stepping, and returns at once. Actions are (N, *action shape)."""
+        actions, target = np.asarray(actions), self._arrays["action"]
+        fits = np.can_cast(actions.dtype, target.dtype, "same_kind") and actions.dtype != bool
+        if actions.shape != target.shape or not fits:
+            got = f"{actions.dtype} {actions.shape}"
+            raise ValueError(f"actions must be {target.dtype} {target.shape}, got {got}")
+        self._post(STEP, action=actions)
+
+    def recv(self) -> StepResult:
+        """Waits for all workers: (obs, reward, terminated, truncated, info), as CartPole's."""
+        if self._pending != STEP:
+            raise RuntimeError("recv() needs a send() before it")
+        self._collect()
+        a = self._arrays
+        ended = np.logical_or(a["terminated"], a["truncated"]).any()
+        info = {"final_obs": a["final_obs"]} if ended else {}
+        return a["obs"], a["reward"], a["terminated"], a["truncated"], info
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of what the environments' own `state` returned, N rows each. RuntimeError if
+        they have none."""
+        self._post(GET_STATE)
+        self._collect()
+        return _state_of(self._arrays)
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Goes on from what `state` returned, with this or another number of workers."""
+        self._post(SET_STATE, **{"state:" + name: array for name, array in state.items()})
+        self._collect()
+
+    def close(self, grace: float = 5.0) -> None:
+        """Closes the environments and ends the workers, by force after `grace` seconds. May be
+        called again."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._workers:
+            self._finalizer.detach()
+            _end(self._workers, self._arrays["command"], grace)
+        else:
+            self._slice.env.close()
+
+    def __enter__(self) -> "EnvPool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _post(self, command: int, **arguments: Any) -> None:
+        """Writes the arguments into their arrays and sets all workers to `command`."""
+        if self._closed:
+            raise RuntimeError("this pool is closed")
+        if self._pending is not None:
+            raise RuntimeError("a send() is under way: call recv() first")
+        if command in (GET_STATE, SET_STATE) and not self.has_state:
+            raise RuntimeError("these environments have no state() and set_state()")
+        for name, value in arguments.items():
+            self._arrays[name][...] = value
+        self._pending = command
+        self._arrays["command"][:] = command
+        for worker in self._workers:
+            worker.go.release()
+
+    def _collect(self) -> None:
+        """Waits for what `_post` began; without workers, this is where it is done."""
+        command, self._pending = self._pending, None
+        assert command is not None
+        if not self._workers:
+            self._slice.run(command)
+            return
+        try:
+            self._wait(DOING[command])
+        except BaseException:  # Ctrl-C too: from here on, learner and workers are out of step
+            self.close(0.2)
+            raise
+
+    def _wait(self, doing: str) -> None:
+        """Waits until every worker is done; WorkerError for the first that never will be."""
+        deadline = time.monotonic() + self.timeout
+        for w, (process, _, done) in enumerate(self._workers):
+            problem = ""
+            while not problem:
+                # Whether it is alive is asked before waiting: its last word may be on its way.
+                alive = process.is_alive()
+                if _acquire(done, 0.1):
+                    break
+                if not alive:
+                    problem = f"died with exit code {process.exitcode} while {doing}"
+                elif time.monotonic() > deadline:
+                    problem = f"was still {doing} after {self.timeout:g} s"
+            error = self._arrays["error"][w]
+            if not problem and error[0]:
+                text = error.tobytes().rstrip(b"\0").decode(errors="replace")
+                problem = f"raised while {doing}:\n{text}"
+            if problem:
+                rows = f"environments {self._bounds[w]} to {self._bounds[w + 1] - 1}"
+                raise WorkerError(f"worker {w} ({rows}) {problem}", w, process.exitcode)
+
+
+# ==============================================================================================
+# 4. ActorCritic
+# Needs: import math, numpy as np; from typing import Any; import torch; from torch import nn
+#
+# Two networks look at the same observation. The actor gives each action a probability: it is
+# the policy, and all that is needed to play. The critic estimates the value: how much reward,
+# later rewards discounted, the policy will still collect from here. It is needed only to train,
+# because "better than expected" takes somebody who expects.
+#
+# Two separate bodies, and not one with two heads: the critic's errors are large, and would bend
+# shared layers towards predicting returns while the actor is trying to learn from them. On
+# CartPole a shared body needed about twice the steps.
+#
+# Initial weights are orthogonal: such a layer neither stretches nor flattens the space that it
+# maps, so signals and gradients keep their size through it. The gain √2 makes up for what tanh
+# takes away. The last layers differ: 1 for the critic; 0.01 for the actor, so that all actions
+# start out almost equally probable, and it is not chance at birth that decides what is
+# explored.
+# ==============================================================================================
+
+
+def mlp(sizes: list[int], gain: float, generator: torch.Generator | None) -> nn.Sequential:
+    """mlp([4, 64, 64, 2], ...) is 4 → 64 → tanh → 64 → tanh → 2; `gain` is the last layer's."""
+    gains = [math.sqrt(2)] * (len(sizes) - 2) + [gain]
+    layers: list[nn.Module] = []
+    for inputs, outputs, its_gain in zip(sizes, sizes[1:], gains):
+        with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights, which we replace
+            linear = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(linear.weight, its_gain, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])  # no tanh at the end
+
+
+class ActorCritic(nn.Module):
+    """A policy over discrete actions, and the value of the states that it visits.
+
+    observation_space  a Box; observations are flattened to O numbers
+    action_space       a Discrete: `.n` is A
+    hidden             widths of the hidden layers, of the actor's and of the critic's
+    generator          draws the initial weights; None: torch's global generator
+
+    Observations may be NumPy arrays or tensors; results are tensors. Raises ValueError for a
+    kind of space that it does not know.
+    """
+
+    def __init__(
+        self,
+        observation_space: Any,
+        action_space: Any,
+        hidden: tuple[int, ...] = (64, 64),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for space, kind in ((observation_space, "Box"), (action_space, "Discrete")):
+            if type(space).__name__ != kind:
+                raise ValueError(f"ActorCritic needs a {kind} space here, got {space}")
+        inputs = math.prod(observation_space.shape)
+        self.actor = mlp([inputs, *hidden, int(action_space.n)], 0.01, generator)
+        self.critic = mlp([inputs, *hidden, 1], 1.0, generator)
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: np.ndarray | torch.Tensor,
+        *,
+        greedy: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chooses actions: obs (N, *shape) → (action int64 (N,), logprob float32 (N,)).
+
+        Draws them from the policy with `generator` (None: torch's global one), or, if greedy,
+        takes the most probable. Nothing is differentiable.
+        """
+        logits = self.actor(_flat(obs))  # (N, A)
+        action = logits.argmax(-1) if greedy else _sample(logits, generator)
+        return action, _logprob_and_entropy(logits, action)[0]
+
+    def evaluate(
+        self, obs: np.ndarray | torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the networks, as they are now, say of actions taken earlier: (logprob, entropy,
+        value), each (N,) and differentiable."""
+        flat = _flat(obs)
+        logprob, entropy = _logprob_and_entropy(self.actor(flat), action)
+        return logprob, entropy, self.critic(flat).squeeze(-1)
+
+    def value(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """V of each observation: (N, *shape) → (N,)."""
+        value: torch.Tensor = self.critic(_flat(obs)).squeeze(-1)
+        return value
+
+
+def _flat(obs: np.ndarray | torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(obs, dtype=torch.float32).flatten(1)  # (N, *shape) → (N, O)
+
+
+def _sample(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Draws an action from each row's softmax: the largest of logit + Gumbel noise falls on
+    each action with just its probability. -log of an exponential variable is Gumbel noise."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log()).argmax(-1)  # (N, A) → (N,)
+
+
+def _logprob_and_entropy(
+    logits: torch.Tensor, action: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π(a|s), and the entropy -Σ π·log π in nats: log A where all actions are equally
+    probable, 0 where one is certain. (N, A), (N,) → (N,), (N,)."""
+    logprobs = logits.log_softmax(-1)  # (N, A)
+    logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    return logprob, -(logprobs.exp() * logprobs).sum(-1)
+
+
+# ==============================================================================================
+# 5. RolloutBuffer
+# Needs: import dataclasses; import numpy as np; import torch; from typing import Any, Iterator
+#
+# T steps of N environments, in memory that is allocated once. One environment's line:
+#
+#                 t = 0      1      2      3      4      5 = T
+#     obs         [ s0 ]  [ s1 ]  [ s2 ]  [ z0 ]  [ z1 ]  [ z2 ]    one more than there are steps
+#     action        a0      a1      a2      b0      b1
+#     reward        r0      r1      r2      q0      q1
+#     ended         ·       ·       ■       ·       ·              a2 was the game's last step
+#
+# Action a2 ended its episode, and earned r2. The environment was reset within that step, so the
+# next observation, z0, begins another game, which has nothing to do with a2. The state s3, to
+# which a2 really led, is in the environment's `final_obs`.
+#
+# Advantages. How much better was an action than what the policy does there on average? The
+# reward that followed tells, but in it is everything else that happened afterwards: right on
+# average, and noisy. The critic's opinion of the next state replaces all of that by one number:
+# quiet, but wrong while the critic is still learning. Generalized Advantage Estimation mixes
+# them. λ = 0 looks one step ahead and then trusts the critic, λ = 1 adds up all rewards to the
+# end; in between, each step weighs less than the one before. Raise λ if the critic is bad or
+# rewards come late, lower it if advantages are noisy.
+#
+#     δ_t = r_t + γ·(1 - terminated_t)·V(s′_t) - V(s_t)
+#     Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}
+#
+# δ in words: the reward, plus what the critic expects from where the step led, minus what it
+# expected before: the step's surprise. Â adds up the surprises from here on, fading by γ·λ per
+# step. γ is there because a sum of rewards that never ends need not be finite, and because the
+# later something happens, the less it says about this action.
+#
+# V(s′) stands in for rewards that were not seen: this is called bootstrapping, and here the two
+# endings differ. After *terminated* there is no more reward, and V(s′) counts as 0. After
+# *truncated* there would have been, and V(s′) counts, where s′ is the state really reached, s3,
+# and not z0. Either way the sum stops, because the next δ is of another game. Mistake a time
+# limit for a fall, and the critic learns that 500 steps of balance end in disaster, with
+# nothing in the observation to tell when: the better the policy, the more wrong the critic.
+#
+# Returns. Â + V is called the λ-return: what the critic should have said, on this evidence, and
+# therefore its target. It is not an episode's return, the plain sum of its rewards, which is
+# what the log reports.
+# ==============================================================================================
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    final_values: np.ndarray,
+    gamma: float,
+    lam: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalized Advantage Estimation: (advantages, returns), each (T, N).
+
+    rewards       (T, N)      r_t
+    values        (T + 1, N)  V of the observation before each step, and of that after the last
+    terminated    (T, N)      bool: the step ended the game
+    truncated     (T, N)      bool: the step was the last one played; it may be both
+    final_values  (T, N)      V of the state really reached, read only where truncated
+    gamma, lam                γ and λ
+
+    arXiv:1506.02438, equations 11 and 16; with T + 1 values the last step is no special case.
+    Here three steps of one environment, γ = λ = ½, the last one a termination; δ = (0, 0, -1):
+
+    >>> column = lambda *numbers: np.array(numbers).reshape(-1, 1)
+    >>> rewards, values = column(1.0, 1.0, 1.0), column(2.0, 2.0, 2.0, 9.0)
+    >>> terminated, never = column(False, False, True), column(False, False, False)
+    >>> advantages, returns = gae(rewards, values, terminated, never, 0 * rewards, 0.5, 0.5)
+    >>> advantages.ravel().tolist(), returns.ravel().tolist()
+    ([-0.0625, -0.25, -1.0], [1.9375, 1.75, 1.0])
+    """
+    # V(s′_t): 0 where terminated, that of the state reached where truncated, else the next
+    # row's
+    next_values = np.where(truncated, final_values, values[1:])  # (T, N)
+    next_values = np.where(terminated, 0.0, next_values)
+    # δ_t = r_t + γ·(1 - terminated_t)·V(s′_t) - V(s_t)
+    advantages = rewards + gamma * next_values - values[:-1]
+    # Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}, from the end to the start
+    goes_on = ~(terminated | truncated)
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += gamma * lam * advantages[t + 1] * goes_on[t]
+    return advantages, advantages + values[:-1]
+
+
+@dataclasses.dataclass
+class Batch:
+    """Transitions in no order, as an update sees them; the first axis is B or M."""
+
+    obs: torch.Tensor  # (B, *obs shape)
+    action: torch.Tensor  # (B, *action shape)
+    logprob: torch.Tensor  # (B,) of the action, under the policy that took it
+    advantage: torch.Tensor  # (B,) Â
+    returns: torch.Tensor  # (B,) Â + V, the critic's targets
+
+    def __getitem__(self, index: torch.Tensor | slice) -> "Batch":
+        return Batch(*(tensor[index] for tensor in vars(self).values()))
+
+    def minibatches(
+        self, size: int, epochs: int, generator: torch.Generator
+    ) -> Iterator["Batch"]:
+        """Passes over the batch, each in a new order, in pieces of `size`. What the division
+        leaves over is not dropped: the last piece of a pass may be smaller."""
+        for _ in range(epochs):
+            shuffled = self[torch.randperm(len(self.obs), generator=generator)]
+            for start in range(0, len(self.obs), size):
+                yield shuffled[start : start + size]
+
+
+class RolloutBuffer:
+    """One rollout, T steps of N environments, until the next overwrites it."""
+
+    def __init__(
+        self, num_steps: int, num_envs: int, observation_space: Any, action_space: Any
+    ) -> None:
+        T, N = num_steps, num_envs
+        self.obs = torch.zeros(T + 1, N, *observation_space.shape)
+        self.action = torch.from_numpy(
+            np.zeros((T, N, *action_space.shape), action_space.dtype)
+        )
+        self.logprob = torch.zeros(T, N)
+        self.reward = torch.zeros(T, N)
+        self.terminated = torch.zeros(T, N, dtype=torch.bool)
+        self.truncated = torch.zeros(T, N, dtype=torch.bool)
+        self.value = torch.zeros(T + 1, N)
+        self.final_value = torch.zeros(T, N)  # means something only where truncated
+
+    def add(
+        self, t: int, action: torch.Tensor, logprob: torch.Tensor, *came_of_it: Any
+    ) -> None:
+        """Copies in step t: the action, and the next obs, reward, terminated and truncated that
+        came of it, as the environments returned them. Each is (N, ...)."""
+        self.action[t], self.logprob[t] = action, logprob
+        rows = self.obs[t + 1], self.reward[t], self.terminated[t], self.truncated[t]
+        for row, array in zip(rows, came_of_it):
+            row.copy_(torch.from_numpy(array))
+
+    def batch(self, gamma: float, lam: float) -> Batch:
+        """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
+        flags = self.terminated.numpy(), self.truncated.numpy()
+        values = self.value.numpy()
+        both = gae(self.reward.numpy(), values, *flags, self.final_value.numpy(), gamma, lam)
+        tensors = self.obs[:-1], self.action, self.logprob, *map(torch.from_numpy, both)
+        return Batch(*(tensor.flatten(0, 1) for tensor in tensors))
+
+
+# ==============================================================================================
+# 6. PPO
+# Needs: import torch; from torch import nn; from torch.optim.adam import adam; parts 1, 4, 5
+#
+# The policy gradient in one sentence: push the log-probability of each action in proportion to
+# its advantage. Done once on fresh data that is sound; but data is costly, and one small step
+# is poor use of it. PPO takes many steps on the same data, and for that it needs two things.
+#
+# A *ratio*. After the first step the policy is not the one that played any more. So each action
+# is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Where the two
+# policies are equal, the gradient of ratio·Â is the policy gradient; elsewhere, the ratio makes
+# the average over old actions stand for that over the new policy's.
+#
+# A *clip*. Nothing so far keeps the optimiser from making one lucky action a hundred times more
+# probable. So the ratio counts only within 1 ± ε: beyond, it is held constant, and a constant
+# has no gradient. An action that has gained (or lost) its 20 % is left alone until fresh data
+# speaks. And of the clipped and the unclipped term the *smaller* is taken, because in one case
+# the gradient must survive outside the band: when a good action has become less probable, or a
+# bad one more (the steps for other actions can do that). There the unclipped term is the
+# smaller, and pulls back.
+#
+#     objective =  mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
+#                 + ent_coef · mean( entropy ) - vf_coef · mean( (V - returns)² )
+#
+# Entropy measures how undecided the policy is. A little reward for that, where it is needed,
+# keeps an early favourite from shutting out actions that were never properly tried.
+#
+# The objective is to rise, and optimisers descend, so the sign is turned once, at the end. Only
+# logprob, entropy and V are differentiated; everything in the batch is constant. On the first
+# minibatch of an update the two policies are the same: the ratio is 1, and the KL estimate 0.
+# ==============================================================================================
+
+
+def ppo_loss(
+    policy: ActorCritic, batch: Batch, config: Config
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of arXiv:1707.06347, equations 7 and 9, on one minibatch: a scalar to descend,
+    and scalars for the log: policy_loss, value_loss, entropy, approx_kl and clip_fraction."""
+    logprob, entropy, value = policy.evaluate(batch.obs, batch.action)  # (M,) each
+    shapes = {tuple(x.shape) for x in (logprob, value, batch.logprob, batch.advantage)}
+    assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
+    # Advantages are scaled to mean 0 and deviation 1, so that the learning rate need not know
+    # how large rewards are; in each minibatch, as Stable-Baselines3 does, and with its 1e-8. A
+    # single advantage has no deviation, and stays as it is.
+    advantage = batch.advantage
+    if len(advantage) > 1:
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    # ratio = π(a|s) / π_old(a|s)
+    log_ratio = logprob - batch.logprob
+    ratio = log_ratio.exp()
+    # min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â )
+    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+    surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
+    # Some clip the value's change too. That ties the critic's pace to the scale of rewards, and
+    # where it was compared, it did not help (arXiv:2006.05990): it is left out here.
+    value_loss = (value - batch.returns).square().mean()
+    bonus = entropy.mean()
+    objective = surrogate + config.ent_coef * bonus - config.vf_coef * value_loss
+    # KL(π_old ‖ π), how far the policy has moved, estimated from the actions that were taken:
+    # mean(ratio - 1 - log ratio), "k3" in Schulman, "Approximating KL divergence", 2020.
+    kl = (ratio - 1 - log_ratio).mean()
+    clip_fraction = ((ratio - 1).abs() > config.clip).float().mean()
+    stats = {"policy_loss": -surrogate, "value_loss": value_loss, "entropy": bonus}
+    stats |= {"approx_kl": kl, "clip_fraction": clip_fraction}
+    return -objective, {name: scalar.detach() for name, scalar in stats.items()}
+
+
+class Adam:
+    """Adam (arXiv:1412.6980) over a policy whose parameters become slices of one vector.
+
+    Weights, gradient and Adam's two running means are one vector of P numbers each. Clipping,
+    stepping, saving and comparing are then one operation each, however many layers there are.
+    ε is 1e-5, PPO's custom, and not Adam's 1e-8: where the gradient has almost vanished,
+    dividing by its size would turn noise into full-sized steps.
+
+    The arithmetic is torch's. `torch.optim.Adam` does the same, but building one imports
+    torch's compiler, which takes about as long as learning CartPole.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        parameters = list(policy.parameters())
+        self.weights = nn.utils.parameters_to_vector(parameters).detach().clone()  # (P,)
+        self.grad, self.mean, self.square = torch.zeros(3, len(self.weights))
+        self.steps = torch.zeros(())
+        sizes = [p.numel() for p in parameters]
+        slices = torch.split(self.weights, sizes), torch.split(self.grad, sizes)
+        for p, weights, grad in zip(parameters, *slices):
+            p.data, p.grad = weights.view_as(p), grad.view_as(p)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
+        """One step, along a gradient that is scaled down to `max_grad_norm` if it is longer;
+        returns the length that it had. The gradient is then zero, ready for the next one."""
+        norm: torch.Tensor = torch.linalg.vector_norm(self.grad)
+        self.grad *= (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        adam([self.weights], [self.grad], [self.mean], [self.square], [], [self.steps],
+             lr=learning_rate, beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0,
+             amsgrad=False, maximize=False, fused=True)  # fmt: skip
+        self.grad.zero_()
+        return norm
+
+
+def ppo_update(
+    policy: ActorCritic,
+    optimizer: Adam,
+    batch: Batch,
+    config: Config,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Improves the policy on one rollout, which `generator` shuffles. Returns the number of
+    gradient steps, and means over them: what `ppo_loss` reports, and the gradient's norm."""
+    history: list[dict[str, torch.Tensor]] = []
+    for minibatch in batch.minibatches(config.minibatch_size, config.epochs, generator):
+        loss, stats = ppo_loss(policy, minibatch, config)
+        if history and config.target_kl is not None and stats["approx_kl"] > config.target_kl:
+            break  # out of this pass and all that would follow
+        loss.backward()  # type: ignore[no-untyped-call]
+        stats["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
+        history.append(stats)
+    means = {k: torch.stack([stats[k] for stats in history]).mean().item() for k in history[0]}
+    return {**means, "gradient_steps": len(history)}
+
+
+# ==============================================================================================
+# 7. Training
+# Needs: import contextlib, csv, hashlib, json, pathlib, sys; parts 1, 2, 3, 4, 5, 6
+#
+# The loop at the end of this part is PPO's six steps in order. What surrounds it makes a run
+# repeatable, and hard to lose.
+#
+# Randomness. Every draw comes from a generator made for its purpose, and every generator's seed
+# from config.seed and that purpose. No global generator is touched: what this file is imported
+# into is not disturbed by it, nor training by evaluation, and no two runs or purposes share a
+# seed. The same config gives the same weights, bit for bit, on the same machine, package
+# versions and number of threads, with any number of workers, and also if the run was killed and
+# resumed on the way. For that, a checkpoint holds all that the future depends on: weights,
+# Adam's means, environments, the observations to act on next, and each generator's position.
+#
+# The state at the end of every update is kept in memory, which costs little, and goes to disk
+# every few updates and when anything ends the run early: Ctrl-C loses less than one update.
+#
+# The columns of log.csv, a row per update, and what is healthy:
+#
+#     update, steps        updates done, and the environment steps played for them
+#     episodes             finished since the start
+#     mean_return          of the last 100 finished episodes; should rise
+#     mean_length          of the same, in steps
+#     policy_loss          minus the objective's first term; hovers near 0, and says little
+#     value_loss           the critic's mean squared error; falls once returns have settled
+#     entropy              log A at first, then falling; near 0 early on: exploration is over
+#     approx_kl            how far the update moved the policy; 0.001 to 0.03
+#     clip_fraction        the share of actions outside 1 ± ε; 0.05 to 0.3
+#     grad_norm            the gradient's length before it was scaled down
+#     gradient_steps       less than all minibatches of all epochs only if target_kl intervened
+#     explained_variance   1: the critic foretells returns, 0: no better than a constant would
+#     learning_rate        of this update
+#     seconds              since training began; steps_per_second: of this update
+#
+# Losses, entropy, KL, clip fraction and gradient norm are means over the update's minibatches.
+# CartPole-v0 counts as solved at a mean return of 195, CartPole-v1 at 475.
+# ==============================================================================================
+
+PURPOSES = ["weights", "environments", "actions", "minibatches", "evaluation"]
+BARS = {"CartPole": {195: "CartPole-v0", 475: "CartPole-v1"}}
+COLUMNS = """update steps episodes mean_return mean_length policy_loss value_loss entropy
+approx_kl clip_fraction grad_norm gradient_steps explained_variance learning_rate seconds
+steps_per_second""".split()  # noqa: SIM905
+CHECKPOINT_FORMAT = 1
+MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # when resuming: weights do not
+EVALUATION_LIMIT = 1_000_000  # steps
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A seed of 62 bits for one of PURPOSES, unlike that of any other purpose or run."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(PURPOSES.index(purpose),))
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 2
+
+
+def make_env(num_envs: int) -> CartPole:
+    """What training plays: `num_envs` CartPoles."""
+    return CartPole(num_envs)
+
+
+class Evaluation(NamedTuple):
+    """Undiscounted returns of finished episodes, their mean and their standard deviation."""
+
+    returns: np.ndarray  # (episodes,)
+    mean: float
+    std: float
+
+    def __str__(self) -> str:
+        spread = f"{self.mean:.1f} ± {self.std:.1f}"
+        return f"evaluation: mean return {spread} over {len(self.returns)} episodes"
+
+
+class Result(NamedTuple):
+    """What `train` returns: the final policy, the log's rows, the evaluation, the folder."""
+
+    policy: ActorCritic
+    rows: list[dict[str, float]]
+    evaluation: Evaluation
+    run: pathlib.Path
+
+
+def evaluate(policy: ActorCritic, config: Config) -> Evaluation:
+    """Plays the first episode of each of config.eval_episodes environments, whose seeds
+    training never uses, always taking the most probable action."""
+    n = config.eval_episodes
+    returns, running = np.zeros(n), np.ones(n, bool)
+    with EnvPool(make_env, n, min(config.workers, n)) as envs:
+        obs, _ = envs.reset(seed=derive_seed(config.seed, "evaluation"))
+        for _ in range(EVALUATION_LIMIT):
+            action, _ = policy.act(obs, greedy=True)
+            obs, reward, terminated, truncated, _ = envs.step(action.numpy())
+            returns += reward * running  # an environment's later episodes do not count
+            running &= ~(terminated | truncated)
+            if not running.any():
+                return Evaluation(returns, float(returns.mean()), float(returns.std()))
+    never = f"an episode of the evaluation did not end within {EVALUATION_LIMIT} steps"
+    raise RuntimeError(f"{never}: give the environment a time limit")
+
+
+class Learner:
+    """All that changes in the course of training, to be saved and restored as one."""
+
+    def __init__(self, config: Config, envs: EnvPool) -> None:
+        def generator(purpose: str) -> torch.Generator:
+            return torch.Generator().manual_seed(derive_seed(config.seed, purpose))
+
+        spaces = envs.single_observation_space, envs.single_action_space
+        self.envs = envs
+        self.policy = ActorCritic(*spaces, config.hidden, generator("weights"))
+        self.optimizer = Adam(self.policy)
+        self.buffer = RolloutBuffer(config.num_steps, config.num_envs, *spaces)
+        self.generators = {name: generator(name) for name in ("actions", "minibatches")}
+        self.update = self.episodes = 0  # done, finished
+        self.rows: list[dict[str, float]] = []
+        self.recent: list[list[float]] = []  # [return, length] of the last 100 finished
+        self.running = np.zeros((2, config.num_envs))  # each episode's return and length so far
+        adam = self.optimizer
+        self.tensors = {
+            "weights": adam.weights,
+            "adam_mean": adam.mean,
+            "adam_square": adam.square,
+            "adam_steps": adam.steps,
+            "obs": self.buffer.obs[-1],
+            "running": torch.from_numpy(self.running),
+        }
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Plays T steps in every environment, and fills the buffer."""
+        buffer, policy = self.buffer, self.policy
+        buffer.obs[0] = buffer.obs[-1]  # goes on where the last rollout stopped
+        for t in range(len(buffer.reward)):
+            action, logprob = policy.act(buffer.obs[t], generator=self.generators["actions"])
+            *result, info = self.envs.step(action.numpy())
+            buffer.add(t, action, logprob, *result)
+            _, reward, terminated, truncated = result
+            if truncated.any():
+                cut = truncated.nonzero()[0]
+                buffer.final_value[t, cut] = policy.value(info["final_obs"][cut])
+            self.running[0] += reward
+            self.running[1] += 1
+            ended = (terminated | truncated).nonzero()[0]
+            self.recent = (self.recent + self.running[:, ended].T.tolist())[-100:]
+            self.running[:, ended] = 0
+            self.episodes += len(ended)
+
+    def statistics(self, batch: Batch) -> dict[str, float]:
+        """What the log says of the games so far, and of the critic that went into `batch`."""
+        recent = np.array(self.recent or [[math.nan, math.nan]])
+        mean_return, mean_length = recent.mean(0).tolist()
+        error = batch.returns - self.buffer.value[:-1].flatten()
+        unexplained = error.var(correction=0) / batch.returns.var(correction=0)
+        return {
+            "update": self.update,
+            "steps": self.update * len(batch.obs),
+            "episodes": self.episodes,
+            "mean_return": mean_return,
+            "mean_length": mean_length,
+            "explained_variance": 1 - unexplained.item(),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Copies of everything, in tensors, numbers, strings, lists, tuples and dicts."""
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()},
+            "generators": {name: g.get_state() for name, g in self.generators.items()},
+            "envs": {k: torch.from_numpy(array) for k, array in self.envs.state().items()},
+            "update": self.update,
+            "episodes": self.episodes,
+            "recent": self.recent,
+            "rows": list(self.rows),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state["tensors"][name])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
+        self.update, self.episodes = state["update"], state["episodes"]
+        self.recent = state["recent"]
+        self.rows.extend(state["rows"])
+
+
+def new_run(config: Config) -> pathlib.Path:
+    """Makes the folder runs/<env>-<seed>, or that with -2, -3, ... where it exists."""
+    pathlib.Path("runs").mkdir(exist_ok=True)
+    name, count = f"{config.env}-{config.seed}", 1
+    run = pathlib.Path("runs", name)
+    while True:
+        try:
+            run.mkdir()  # fails where it exists, so two runs never share a folder
+            break
+        except FileExistsError:
+            count += 1
+            run = run.with_name(f"{name}-{count}")
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (run / "config.json").write_text(text + "\n", encoding="utf-8")
+    return run
+
+
+def save_checkpoint(run: pathlib.Path, config: Config, state: dict[str, Any]) -> None:
+    """Replaces the run's checkpoint in one step: at any moment there is the old or the new."""
+    temporary = run / "checkpoint.tmp"
+    with open(temporary, "wb") as file:
+        torch.save({**state, "config": dataclasses.asdict(config)}, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the old one's name
+    os.replace(temporary, run / "checkpoint.pt")
+
+
+def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
+    """A run's config, and the state that its Learner had. Raises ValueError for what is not a
+    Thrust checkpoint; code hidden in one is not run."""
+    path = pathlib.Path(run, "checkpoint.pt")
+    try:
+        state = torch.load(path, weights_only=True)
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {state['format']}, and not {CHECKPOINT_FORMAT}")
+        return Config(**state["config"]), state
+    except FileNotFoundError:
+        raise ValueError(f"{run} holds no checkpoint.pt: give the folder of a run") from None
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is not a checkpoint that can be loaded: {reason}") from None
+
+
+def load_resumable(run: str | pathlib.Path, config: Config) -> dict[str, Any]:
+    """The state in a run's checkpoint. Raises ValueError if training it on with `config` would
+    not end in the weights that the run would have had."""
+    saved, state = load_checkpoint(run)
+    for name, now in dataclasses.asdict(config).items():
+        then, free = getattr(saved, name), ", ".join(MAY_DIFFER)
+        if now != then and name not in MAY_DIFFER:
+            raise ValueError(f"{run} has {name} = {then}, not {now}; only {free} may change")
+    return state
+
+
+def load(run: str | pathlib.Path) -> ActorCritic:
+    """The policy in a run's checkpoint, for use anywhere: `action, _ = load(run).act(obs)`."""
+    config, state = load_checkpoint(run)
+    env = make_env(1)
+    spaces = env.single_observation_space, env.single_action_space
+    policy = ActorCritic(*spaces, config.hidden, torch.Generator())
+    nn.utils.vector_to_parameters(state["tensors"]["weights"], policy.parameters())
+    return policy
+
+
+def weights_hash(policy: ActorCritic) -> str:
+    """SHA-256 of the parameters' bytes, in order."""
+    weights = nn.utils.parameters_to_vector(policy.parameters()).detach()
+    return hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+
+
+class Report:
+    """Tells of a run as it happens: rows of log.csv, a progress line, bars that were passed."""
+
+    def __init__(self, run: pathlib.Path, config: Config, rows: list[dict[str, float]]) -> None:
+        self.config, self.rows, self.terminal = config, rows, sys.stdout.isatty()
+        self.began = self.printed = time.perf_counter()
+        self.done_before, self.seconds_before = len(rows), rows[-1]["seconds"] if rows else 0.0
+        # A killed run may have logged more than it had saved: the log begins again from `rows`.
+        self.file = open(run / "log.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
+        self.log = csv.DictWriter(self.file, COLUMNS)
+        self.log.writeheader()
+        self.log.writerows(rows)
+        size = f"{config.num_updates} updates of {config.batch_size} steps"
+        self.say(f"training {config.env}: {size}; everything is kept in {run}")
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        print(f"\r{text:<79}" if self.terminal else text, flush=True)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Logs the row of one update, and shows progress: in a terminal one line that changes,
+        elsewhere a line every five seconds."""
+        now, updates = time.perf_counter(), self.config.num_updates
+        row["seconds"] = self.seconds_before + now - self.began
+        self.rows.append(row)
+        self.log.writerow(row)
+        self.file.flush()
+        done = len(self.rows)
+        left = (now - self.began) / (done - self.done_before) * (updates - done)
+        text = (
+            f"{row['steps']:>11,} steps {done / updates:5.0%}   return {row['mean_return']:.1f}"
+            f"   {row['steps_per_second']:,.0f} steps/s   {left:.0f} s left"
+        )
+        if self.terminal:
+            print(f"\r{text:<79}", end="", flush=True)
+        elif done in (self.done_before + 1, updates) or now - self.printed >= 5:
+            print(text, flush=True)
+            self.printed = now
+        for bar, name in BARS.get(self.config.env, {}).items():
+            passed = (r["episodes"] >= 100 and r["mean_return"] >= bar for r in self.rows)
+            if next((i for i, p in enumerate(passed) if p), None) == done - 1:
+                at = f"{row['steps']:,} steps, {row['seconds']:.1f} s"
+                self.say(f"passed {bar}, the bar of {name}: mean return of 100 episodes, {at}")
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Sets torch's number of threads, and puts the old one back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result:
+    """Trains as `config` says in a new folder under runs/, or, with `resume`, goes on with the
+    run in that folder; then evaluates the policy.
+
+    Whatever ends training early, the state at the end of the last update is saved first. Raises
+    ValueError for a run that cannot be resumed, or not with this config; WorkerError for a
+    failed worker; OSError where files cannot be written.
+    """
+    state = None if resume is None else load_resumable(resume, config)
+    pool = EnvPool(make_env, config.num_envs, config.workers)
+    with pool as envs, torch_threads(config.threads):
+        learner = Learner(config, envs)
+        policy, buffer = learner.policy, learner.buffer
+        if state is None:
+            obs, _ = envs.reset(seed=derive_seed(config.seed, "environments"))
+            buffer.obs[-1] = torch.from_numpy(obs)
+            state = learner.state()
+        else:
+            learner.restore(state)
+        run = new_run(config) if resume is None else pathlib.Path(resume)
+        report = Report(run, config, learner.rows)
+        try:
+            save_checkpoint(run, config, state)
+            for update in range(learner.update, config.num_updates):
+                began = time.perf_counter()
+                learner.collect()  # 1. Collect.
+                with torch.no_grad():  # 2. Value.
+                    buffer.value[:] = policy.value(buffer.obs.flatten(0, 1)).view(
+                        -1, envs.num_envs
+                    )
+                batch = buffer.batch(config.gamma, config.gae_lambda)  # 3. Advantage.
+                # Full at the first update, and never quite zero: the last one is to count too.
+                left = 1 - update / config.num_updates if config.anneal else 1.0
+                rate, generator = config.learning_rate * left, learner.generators["minibatches"]
+                stats = ppo_update(  # 4. Improve.
+                    policy, learner.optimizer, batch, config, rate, generator
+                )
+                learner.update += 1
+                stats |= learner.statistics(batch) | {"learning_rate": rate}
+                stats["steps_per_second"] = config.batch_size / (time.perf_counter() - began)
+                report.add(stats)  # 5. Report.
+                state = learner.state()
+                if learner.update % config.checkpoint_every == 0:
+                    save_checkpoint(run, config, state)
+            save_checkpoint(run, config, state)
+            evaluation = evaluate(policy, config)  # 6. Repeat; at the end, evaluate.
+        except BaseException:
+            save_checkpoint(run, config, state)
+            at = f"stopped after update {state['update']} of {config.num_updates}"
+            report.say(f"{at}; to go on: python thrust.py --resume {run}")
+            raise
+        finally:
+            report.file.close()
+    report.say(str(evaluation))
+    report.say(f"weights: {weights_hash(policy)}")
+    return Result(policy, learner.rows, evaluation, run)
+
+
+# ==============================================================================================
+# 8. Command line
+# Needs: import argparse, signal; from typing import NoReturn; parts 1, 2, 3, 4, 5, 6, 7
+#
+# The flags are generated from Config: a knob added there is a flag here. The exit code is 0
+# when all is done, 2 for a wrong flag, 1 for any other failure, 130 after Ctrl-C, 143 after
+# SIGTERM.
+#
+# The guard in the last lines is no ornament. A worker that is not forked from this process
+# begins by importing the file that the user ran, and without the guard it would begin a
+# training of its own, with workers of its own. Your own scripts need it for the same reason.
+# ==============================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"thrust: {message} (--help lists the flags)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="thrust.py",
+        usage="python thrust.py [--KNOB VALUE ...] [--resume RUN | --evaluate RUN]",
+        description="Trains a policy with PPO, in a new folder under runs/.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # so that a flag that was not given leaves no trace
+    )
+    runs = parser.add_mutually_exclusive_group()
+    runs.add_argument("--resume", metavar="RUN", help="go on with the run in the folder RUN")
+    runs.add_argument("--evaluate", metavar="RUN", help="evaluate the policy in the folder RUN")
+    for field in dataclasses.fields(Config):
+        kind, default = field.metadata["kind"], field.default
+        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, tuple):
+            options["nargs"] = "+"
+            default = " ".join(map(str, default))
+        help = f"{field.metadata['help']} (default: {default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line, and returns the exit code."""
+    parser = build_parser()
+    knobs = vars(parser.parse_args(argv))
+    resume, evaluated = knobs.pop("resume", None), knobs.pop("evaluate", None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run = resume or evaluated
+        saved = load_checkpoint(run)[0] if run else Config()
+        try:
+            config = dataclasses.replace(saved, **knobs)
+        except ValueError as error:
+            parser.error(str(error))
+        if not evaluated:
+            train(config, resume=resume)
+            return 0
+        policy = load(evaluated)
+        with torch_threads(config.threads):
+            print(evaluate(policy, config))
+        print(f"weights: {weights_hash(policy)}")
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        print(f"thrust: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
