@@ -153,6 +153,7 @@ class Config:
         def whole(value: Any) -> bool:
             return isinstance(value, int) and value >= 1
 
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list will do as well
         # Each rule is put so that NaN fails it: every comparison with NaN is false.
         sizes = "num_envs num_steps total_steps minibatch_size epochs threads checkpoint_every"
         require(sizes + " eval_episodes", whole, "a whole number, at least 1")
@@ -924,7 +925,7 @@ def _logprob_and_entropy(
 # T steps of N environments, in memory that is allocated once. One environment's line:
 #
 #                 t = 0      1      2      3      4      5 = T
-#     obs         [ s0 ]  [ s1 ]  [ s2 ]  [ z0 ]  [ z1 ]  [ z2 ]    one more than there are steps
+#     obs         [ s0 ]  [ s1 ]  [ s2 ]  [ z0 ]  [ z1 ]  [ z2 ]   one more than there are steps
 #     action        a0      a1      a2      b0      b1
 #     reward        r0      r1      r2      q0      q1
 #     ended         ·       ·       ■       ·       ·              a2 was the game's last step
@@ -1463,15 +1464,13 @@ class Report:
         """Prints a line that stays."""
         print(f"\r{text:<79}" if self.terminal else text, flush=True)
 
-    def add(self, row: dict[str, float]) -> None:
-        """Logs the row of one update, and shows progress: in a terminal one line that changes,
+    def add_last_row(self) -> None:
+        """Logs the last of the rows, and shows progress: in a terminal one line that changes,
         elsewhere a line every five seconds."""
-        now, updates = time.perf_counter(), self.config.num_updates
-        row["seconds"] = self.seconds_before + now - self.began
-        self.rows.append(row)
+        row = self.rows[-1]
         self.log.writerow(row)
         self.file.flush()
-        done = len(self.rows)
+        done, updates, now = len(self.rows), self.config.num_updates, time.perf_counter()
         left = (now - self.began) / (done - self.done_before) * (updates - done)
         text = (
             f"{row['steps']:>11,} steps {done / updates:5.0%}   return {row['mean_return']:.1f}"
@@ -1538,10 +1537,13 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
                     policy, learner.optimizer, batch, config, rate, generator
                 )
                 learner.update += 1
+                now = time.perf_counter()
                 stats |= learner.statistics(batch) | {"learning_rate": rate}
-                stats["steps_per_second"] = config.batch_size / (time.perf_counter() - began)
-                report.add(stats)  # 5. Report.
-                state = learner.state()
+                stats["seconds"] = report.seconds_before + now - report.began
+                stats["steps_per_second"] = config.batch_size / (now - began)
+                learner.rows.append(stats)
+                state = learner.state()  # from here on, the update is not lost
+                report.add_last_row()  # 5. Report.
                 if learner.update % config.checkpoint_every == 0:
                     save_checkpoint(run, config, state)
             save_checkpoint(run, config, state)

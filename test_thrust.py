@@ -1,0 +1,1364 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=1.26,<2.6", "torch>=2.11,<=2.13.0", "pytest>=8,<10"]
+# ///
+"""Tests of thrust.py, under the same part numbers. Each name is a claim.
+
+Wherever it can be, a claim is checked against somebody else: Gymnasium's CartPole, the GAE of
+Stable-Baselines3 and torchrl, Stable-Baselines3's PPO, torch's own Adam and distributions, or a
+formula written out in full. Tests that need a package outside requirements.txt are skipped
+where it is missing, unless THRUST_ALL_TESTS is set, as it is in CI.
+"""
+
+import csv
+import dataclasses
+import doctest
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing as mp
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import thrust
+
+SOURCE = pathlib.Path(thrust.__file__)
+METHODS = mp.get_all_start_methods()
+WALL_CLOCK = ("seconds", "steps_per_second")
+
+
+def oracle(name):
+    """Imports a package that newcomers need not have."""
+    if os.environ.get("THRUST_ALL_TESTS"):
+        return importlib.import_module(name)
+    package = name.split(".")[0].replace("_", "-")
+    return pytest.importorskip(name, reason=f"needs {package}: pip install {package}")
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def small(**knobs):
+    """A config that trains for a second."""
+    defaults = {"num_envs": 8, "num_steps": 16, "minibatch_size": 64, "total_steps": 8 * 16 * 6}
+    return thrust.Config(**{**defaults, "eval_episodes": 4, "checkpoint_every": 2, **knobs})
+
+
+def same(a, b):
+    """Whether two arrays agree in type, shape and every bit."""
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+
+
+def rows_without_clock(run):
+    with open(run / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows]
+
+
+def command(*flags):
+    return [sys.executable, str(SOURCE), *map(str, flags)]
+
+
+def gone(pid):
+    """Whether a process has ended, waiting up to two seconds for it."""
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+            if pathlib.Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+# ==============================================================================================
+# 0. The file
+# ==============================================================================================
+
+PART = re.compile(r"^# =+\n# (\d)\. (\w[\w ]*)\n# Needs: (.*)\n", re.MULTILINE)
+
+
+def parts():
+    """{number: (imports, numbers of the parts it uses, text)} of thrust.py."""
+    text = SOURCE.read_text(encoding="utf-8")
+    found = list(PART.finditer(text))
+    ends = [m.start() for m in found[1:]] + [text.index('\nif __name__ == "__main__"')]
+    result = {}
+    for match, end in zip(found, ends):
+        needs = match[3].split("; ")
+        uses = needs.pop().removeprefix("parts ") if needs[-1].startswith("parts ") else ""
+        numbers = [int(n) for n in uses.split(",") if n.strip()]
+        result[int(match[1])] = needs, numbers, text[match.start() : end]
+    return result
+
+
+def lift(number, folder):
+    """Writes a part into a file of its own, with what its Needs line names, and imports it."""
+    all_parts = parts()
+    numbers = [*all_parts[number][1], number]
+    imports = [line for n in numbers for line in all_parts[n][0]]
+    path = folder / f"lifted_{number}.py"
+    text = "\n".join([*imports, *(all_parts[n][2] for n in numbers)])
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def use_config(m):
+    assert m.Config(num_steps=16).batch_size == 64 * 16
+
+
+def use_cartpole(m):
+    env = m.CartPole(3)
+    env.reset(seed=1)
+    assert env.step(np.array([0, 1, 0]))[0].shape == (3, 4)
+
+
+def use_pool(m):
+    with m.EnvPool(m.CartPole, 4, 2) as pool:
+        pool.reset(seed=1)
+        assert pool.step(np.array([0, 1, 0, 1]))[0].shape == (4, 4)
+
+
+def use_actor_critic(m):
+    env = thrust.CartPole(3)
+    policy = m.ActorCritic(env.single_observation_space, env.single_action_space)
+    assert policy.act(env.reset(seed=0)[0])[0].shape == (3,)
+
+
+def use_buffer(m):
+    env = thrust.CartPole(3)
+    buffer = m.RolloutBuffer(2, 3, env.single_observation_space, env.single_action_space)
+    assert buffer.batch(0.9, 0.9).obs.shape == (6, 4)
+    zeros = np.zeros((2, 3))
+    assert m.gae(zeros, np.zeros((3, 3)), zeros > 0, zeros > 0, zeros, 0.9, 0.9)[0].shape == (
+        2,
+        3,
+    )
+
+
+def use_ppo(m):
+    env = thrust.CartPole(4)
+    spaces = env.single_observation_space, env.single_action_space
+    policy, config = m.ActorCritic(*spaces), m.Config(num_envs=4, num_steps=2, minibatch_size=4)
+    batch = m.RolloutBuffer(2, 4, *spaces).batch(0.9, 0.9)
+    stats = m.ppo_update(policy, m.Adam(policy), batch, config, 1e-3, torch.Generator())
+    assert stats["gradient_steps"] == 8
+
+
+def use_training(m):
+    sizes = {"num_envs": 4, "num_steps": 8, "minibatch_size": 16, "total_steps": 64}
+    result = m.train(m.Config(**sizes, eval_episodes=2))
+    assert len(result.rows) == 2 and m.load(result.run) is not None
+
+
+def use_command_line(m):
+    flags = "--num-envs 4 --num-steps 8 --minibatch-size 16 --total-steps 64 --eval-episodes 2"
+    assert m.main(flags.split()) == 0
+
+
+USES = [use_config, use_cartpole, use_pool, use_actor_critic, use_buffer, use_ppo]
+USES += [use_training, use_command_line]
+
+
+@pytest.mark.parametrize("number", range(1, len(USES) + 1))
+def test_each_part_can_be_lifted_with_what_it_says_it_needs(number, in_tmp, monkeypatch):
+    monkeypatch.syspath_prepend(str(in_tmp))
+    assert sorted(parts()) == list(range(1, len(USES) + 1))
+    before = signal.getsignal(signal.SIGTERM)
+    USES[number - 1](lift(number, in_tmp))
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_importing_it_does_nothing_but_define_names(tmp_path):
+    states = "random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()"
+    code = (
+        "import random, sys, threading, torch, numpy as np\n"
+        f"a = {states}\n"
+        f"sys.path.insert(0, {str(SOURCE.parent)!r}); import thrust\n"
+        f"b = {states}\n"
+        "assert a == b and threading.active_count() == 1\n"
+        "assert not any(name.startswith('torch._dynamo') for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_in_docstrings_are_true():
+    results = doctest.testmod(thrust, extraglobs={"np": np})
+    assert results.attempted > 0 and results.failed == 0
+
+
+# ==============================================================================================
+# 1. Config
+# ==============================================================================================
+
+
+@pytest.mark.parametrize(
+    ("knobs", "field", "rule"),
+    [
+        ({"num_envs": 0}, "num_envs = 0", "whole number, at least 1"),
+        ({"num_steps": -3}, "num_steps = -3", "whole number, at least 1"),
+        ({"num_envs": 2.5}, "num_envs = 2.5", "whole number"),
+        ({"epochs": float("nan")}, "epochs = nan", "whole number"),
+        (
+            {"minibatch_size": 4096},
+            "minibatch_size = 4096",
+            "at most num_envs * num_steps = 2048",
+        ),
+        ({"total_steps": 2047}, "total_steps = 2047", "at least num_envs * num_steps = 2048"),
+        ({"gamma": 1.01}, "gamma = 1.01", "from 0 to 1"),
+        ({"gamma": float("nan")}, "gamma = nan", "from 0 to 1"),
+        ({"gae_lambda": -0.1}, "gae_lambda = -0.1", "from 0 to 1"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0", "finite and above 0"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf", "finite and above 0"),
+        ({"clip": 1.0}, "clip = 1.0", "above 0 and below 1"),
+        ({"ent_coef": -1.0}, "ent_coef = -1.0", "finite and 0 or more"),
+        ({"target_kl": 0.0}, "target_kl = 0.0", "above 0"),
+        ({"target_kl": float("nan")}, "target_kl = nan", "above 0"),
+        ({"hidden": (64, 0)}, "hidden = (64, 0)", "at least 1 each"),
+        ({"workers": 65}, "workers = 65", "at most num_envs, 64"),
+        ({"workers": -1}, "workers = -1", "0 or more"),
+        ({"seed": -1}, "seed = -1", "0 or more"),
+        ({"eval_episodes": 0}, "eval_episodes = 0", "at least 1"),
+    ],
+)
+def test_impossible_values_are_refused_with_field_value_and_rule(knobs, field, rule):
+    with pytest.raises(ValueError) as refusal:
+        thrust.Config(**knobs)
+    message = str(refusal.value)
+    assert message.startswith(field + " is not possible") and rule in message
+    assert "\n" not in message
+
+
+def test_sizes_follow_from_the_knobs():
+    config = thrust.Config(num_envs=8, num_steps=16, minibatch_size=32, total_steps=1000)
+    assert (config.batch_size, config.num_updates) == (128, 7)
+
+
+# ==============================================================================================
+# 2. CartPole
+# ==============================================================================================
+
+
+def balance(obs):
+    """Actions of a simple controller that keeps poles up for a long time, not for ever."""
+    return ((obs[:, 2] + 0.5 * obs[:, 3] + 0.02 * obs[:, 1]) > 0).astype(np.int64)
+
+
+def scalar_step(x, x_dot, theta, theta_dot, action):
+    """One step of one pole: the equations of the paper, transcribed with the math module."""
+    force = 10.0 if action == 1 else -10.0
+    temp = (force + 0.05 * theta_dot**2 * math.sin(theta)) / 1.1
+    theta_acc = (9.8 * math.sin(theta) - math.cos(theta) * temp) / (
+        0.5 * (4.0 / 3.0 - 0.1 * math.cos(theta) ** 2 / 1.1)
+    )
+    x_acc = temp - 0.05 * theta_acc * math.cos(theta) / 1.1
+    return (
+        x + 0.02 * x_dot,
+        x_dot + 0.02 * x_acc,
+        theta + 0.02 * theta_dot,
+        theta_dot + 0.02 * theta_acc,
+    )
+
+
+def test_physics_are_the_equations():
+    env, rng = thrust.CartPole(500), np.random.default_rng(0)
+    env.reset(seed=0)
+    start = env.state()
+    start["state"] = rng.uniform(-1, 1, (500, 4)) * [2.3, 3.0, 0.2, 3.0]
+    env.set_state(start)
+    actions = rng.integers(0, 2, 500)
+    _, _, terminated, _, info = env.step(actions)
+    reached = np.array([scalar_step(*s, a) for s, a in zip(start["state"], actions)])
+    fell = (np.abs(reached[:, 0]) > 2.4) | (np.abs(reached[:, 2]) > math.radians(12))
+    assert fell.any() and same(terminated, fell)
+    np.testing.assert_allclose(env.state()["state"][~fell], reached[~fell], rtol=1e-12)
+    np.testing.assert_allclose(info["final_obs"][fell], reached[fell], rtol=1e-6)
+
+
+def test_it_is_gymnasiums_cartpole_bit_for_bit():
+    gym = oracle("gymnasium")
+    n, steps, rng, episodes, lengths = 8, 13_000, np.random.default_rng(1), 0, set()
+    theirs = gym.vector.SyncVectorEnv(
+        [lambda: gym.make("CartPole-v1")] * n, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    )
+    ours = thrust.CartPole(n)
+    obs, _ = ours.reset(seed=5)
+    assert same(theirs.reset(seed=5)[0], obs)
+    for t in range(steps):  # 104,000 environment steps
+        skilled = (t // 1000) % 2  # short episodes and long ones
+        actions = balance(obs) if skilled else rng.integers(0, 2, n)
+        expected, got = theirs.step(actions), ours.step(actions)
+        for name, a, b in zip(("obs", "reward", "terminated", "truncated"), expected, got):
+            assert same(a, b), f"{name} differs at step {t}"
+        ended = np.flatnonzero(expected[2] | expected[3])
+        assert ("final_obs" in got[4]) == bool(ended.size)
+        if ended.size:
+            final = np.stack(expected[4]["final_obs"][ended])
+            assert same(final, got[4]["final_obs"][ended]), f"final_obs differs at step {t}"
+            episodes += ended.size
+            lengths |= {("truncated", bool(x)) for x in expected[3][ended]}
+        obs = got[0]
+    assert same(theirs.reset()[0], ours.reset()[0])  # without a seed, the streams go on
+    assert episodes > 1000 and len(lengths) == 2
+
+
+def test_an_environments_stream_depends_on_its_seed_alone():
+    # 70,000 environments draw start states in blocks of 16, and 3 of 256: nothing may show it.
+    few, many = thrust.CartPole(3), thrust.CartPole(70_000)
+    assert few._block != many._block
+    assert same(few.reset(seed=7)[0], many.reset(seed=7)[0][:3])
+    for _ in range(40):
+        assert same(few.reset()[0], many.reset()[0][:3])
+
+
+def test_its_state_continues_exactly_in_another_object():
+    first, rng = thrust.CartPole(5, max_episode_steps=30), np.random.default_rng(2)
+    first.reset(seed=11)
+    for t in range(700):
+        if t % 97 == 0:
+            second = thrust.CartPole(5, max_episode_steps=30)
+            second.set_state(first.state())
+        actions = rng.integers(0, 2, 5)
+        a, b = first.step(actions), second.step(actions)
+        assert all(same(x, y) for x, y in zip(a[:4], b[:4]))
+    assert all(len(array) == 5 for array in first.state().values())
+
+
+def test_an_episode_is_truncated_at_its_last_step_and_both_flags_may_be_set():
+    env = thrust.CartPole(4, max_episode_steps=3)
+    env.reset(seed=0)
+    for t in range(1, 10):
+        _, _, terminated, truncated, info = env.step(np.array([0, 1, 0, 1]))
+        assert truncated.all() == (t % 3 == 0) and not terminated.any()
+        assert ("final_obs" in info) == (t % 3 == 0)
+    state = env.state()
+    state["state"][:, 2], state["steps"][:] = 1.0, 2  # about to fall in the last step
+    env.set_state(state)
+    _, _, terminated, truncated, _ = env.step(np.zeros(4, np.int64))
+    assert terminated.all() and truncated.all()
+
+
+def test_writing_into_a_reward_does_not_change_later_ones():
+    env = thrust.CartPole(2)
+    env.reset(seed=0)
+    env.step(np.array([0, 1]))[1][:] = 7
+    assert env.step(np.array([0, 1]))[1].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "actions",
+    [
+        [0, 2, 0],
+        [0, -1, 0],
+        [0, 1],
+        [[0, 1, 0]],
+        [0.0, 1.0, 0.0],
+        [True, False, True],
+        np.array([0, 1, 255], np.uint8),
+        1,
+    ],
+)
+def test_actions_that_are_no_actions_are_refused(actions):
+    env = thrust.CartPole(3)
+    env.reset(seed=0)
+    before = env.state()
+    with pytest.raises(ValueError, match=r"actions must be \(3,\) integers 0 or 1"):
+        env.step(actions)
+    assert all(same(before[name], array) for name, array in env.state().items())
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, np.int8])
+def test_actions_may_be_any_integers(dtype):
+    env, reference = thrust.CartPole(3), thrust.CartPole(3)
+    env.reset(seed=0), reference.reset(seed=0)
+    assert same(env.step(np.array([0, 1, 1], dtype))[0], reference.step([0, 1, 1])[0])
+
+
+def test_misuse_of_cartpole_is_one_clear_error():
+    with pytest.raises(RuntimeError, match=r"call reset\(\) before"):
+        thrust.CartPole(2).step(np.array([0, 1]))
+    for arguments in ((0,), (-1,), (2, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            thrust.CartPole(*arguments)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match="seed must be from 0"):
+            thrust.CartPole(2).reset(seed=seed)
+    with pytest.raises(ValueError, match="no reset options"):
+        thrust.CartPole(2).reset(options={"low": 0})
+
+
+def test_without_a_seed_two_objects_differ():
+    assert not same(thrust.CartPole(2).reset()[0], thrust.CartPole(2).reset()[0])
+
+
+# ==============================================================================================
+# 3. EnvPool
+# ==============================================================================================
+
+
+class Trouble(thrust.CartPole):
+    """A CartPole in which the environment seeded 2 misbehaves in the third step."""
+
+    def step(self, actions):
+        result = super().step(actions)
+        if 2 in self._seeds and 3 in self._steps:
+            self.misbehave()
+        return result
+
+
+class Raises(Trouble):
+    def misbehave(self):
+        raise KeyError("the third step went wrong")
+
+
+class Dies(Trouble):
+    def misbehave(self):
+        os._exit(3)
+
+
+class Hangs(Trouble):
+    def misbehave(self):
+        time.sleep(1000)
+
+
+class NextStep(thrust.CartPole):
+    metadata = {"autoreset_mode": "NextStep"}  # noqa: RUF012
+
+
+class TooFew(thrust.CartPole):
+    def __init__(self, num_envs):
+        super().__init__(max(1, num_envs - 1))
+
+
+class Stateless:
+    """A vector environment with no state() whose final observations are objects, as Gymnasium's
+    are, in a buffer that is used again."""
+
+    metadata = {"autoreset_mode": "SameStep"}  # noqa: RUF012
+
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+        self.single_observation_space = thrust.Box(np.zeros(1), np.ones(1), (1,))
+        self.single_action_space = thrust.Discrete(2)
+
+    def reset(self, *, seed=None):
+        self.clock = np.arange(self.num_envs) + (seed or 0)
+        return self.clock[:, None].astype(np.float32), {}
+
+    def step(self, actions):
+        self.clock += 1
+        ended, info = self.clock % 5 == 0, {}
+        if ended.any():
+            info["final_obs"] = np.array([None] * self.num_envs)
+            for i in np.flatnonzero(ended):
+                info["final_obs"][i] = np.array([self.clock[i]], np.float32)
+        obs = np.where(ended, -1, self.clock)[:, None].astype(np.float32)
+        return obs, actions.astype(float), ended, np.zeros(self.num_envs, bool), info
+
+    def close(self):
+        pass
+
+
+def same_as_one_process(workers, **options):
+    rng, n = np.random.default_rng(workers), 7
+    reference = thrust.CartPole(n)
+    with thrust.EnvPool(thrust.CartPole, n, workers, **options) as pool:
+        assert len(pool.pids) == workers and os.getpid() not in pool.pids
+        assert same(pool.reset(seed=3)[0], reference.reset(seed=3)[0])
+        for t in range(200):
+            if t == 150:  # a state that was taken goes on in a pool cut differently
+                taken, continued = pool.state(), thrust.EnvPool(thrust.CartPole, n, 0)
+                assert all(same(array, taken[k]) for k, array in reference.state().items())
+                continued.set_state(taken)
+            actions = rng.integers(0, 2, n)
+            expected = reference.step(actions)
+            pool.send(actions)
+            results = [pool.recv()] + ([continued.step(actions)] if t >= 150 else [])
+            for got in results:
+                assert all(same(a, b) for a, b in zip(expected[:4], got[:4]))
+                ended = expected[2] | expected[3]
+                assert ("final_obs" in got[4]) == ended.any()
+                if ended.any():
+                    assert same(expected[4]["final_obs"][ended], got[4]["final_obs"][ended])
+        assert same(pool.reset()[0], reference.reset()[0])
+    assert all(map(gone, pool.pids))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
+def test_a_pool_gives_the_same_bits_as_one_process(workers):
+    same_as_one_process(workers)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_does_so_with_every_start_method(method):
+    same_as_one_process(2, start_method=method)
+
+
+def test_a_pool_passes_on_final_observations_that_are_objects():
+    for workers in (0, 2):
+        with thrust.EnvPool(Stateless, 3, workers) as pool:
+            obs, _ = pool.reset(seed=1)
+            assert obs.ravel().tolist() == [1, 2, 3]
+            pool.step([0, 1, 0])
+            obs, reward, terminated, _, info = pool.step([1, 1, 0])
+            assert obs.ravel().tolist() == [3, 4, -1] and reward.tolist() == [1, 1, 0]
+            assert terminated.tolist() == [False, False, True]
+            assert info["final_obs"][2].tolist() == [5]
+            with pytest.raises(RuntimeError, match="have no state"):
+                pool.state()
+
+
+def run_into_trouble(make_env, **options):
+    """Steps a pool of 4 in 2 workers until it fails: (error, seconds that it took, pool)."""
+    pool = thrust.EnvPool(make_env, 4, 2, **options)
+    pool.reset(seed=0)
+    pool.step(np.zeros(4, int)), pool.step(np.zeros(4, int))
+    began = time.monotonic()
+    with pytest.raises(thrust.WorkerError) as failure:
+        pool.step(np.zeros(4, int))
+    seconds = time.monotonic() - began
+    assert failure.value.worker == 1 and "worker 1 (environments 2 to 3)" in str(failure.value)
+    with pytest.raises(RuntimeError, match="this pool is closed"):
+        pool.step(np.zeros(4, int))
+    pool.close()
+    assert all(map(gone, pool.pids))
+    return failure.value, seconds
+
+
+def test_a_worker_that_raises_delivers_its_traceback():
+    error, _ = run_into_trouble(Raises)
+    assert "raised while stepping" in str(error)
+    assert "KeyError: 'the third step went wrong'" in str(error) and "misbehave" in str(error)
+
+
+def test_a_worker_that_dies_is_reported_with_its_exit_code_within_a_second():
+    error, seconds = run_into_trouble(Dies)
+    assert error.exitcode == 3 and "died with exit code 3 while stepping" in str(error)
+    assert seconds < 1
+
+
+def test_a_worker_that_hangs_is_given_up_after_the_timeout():
+    error, seconds = run_into_trouble(Hangs, timeout=0.5)
+    assert error.exitcode is None and "was still stepping after 0.5 s" in str(error)
+    assert 0.5 <= seconds < 5
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_a_killed_worker_is_reported_with_its_signal():
+    pool = thrust.EnvPool(thrust.CartPole, 4, 2)
+    pool.reset(seed=0)
+    os.kill(pool.pids[0], signal.SIGKILL)
+    with pytest.raises(
+        thrust.WorkerError, match=r"worker 0 .* died with exit code -9"
+    ) as failure:
+        pool.step(np.zeros(4, int))
+    assert (failure.value.worker, failure.value.exitcode) == (0, -signal.SIGKILL)
+
+
+def test_in_one_process_an_environments_error_arrives_as_it_is():
+    with thrust.EnvPool(Raises, 4, 0) as pool:
+        pool.reset(seed=0)
+        pool.step(np.zeros(4, int)), pool.step(np.zeros(4, int))
+        with pytest.raises(KeyError, match="the third step"):
+            pool.step(np.zeros(4, int))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_calls_out_of_order_are_one_clear_error(workers):
+    with thrust.EnvPool(thrust.CartPole, 4, workers) as pool:
+        pool.reset(seed=0)
+        with pytest.raises(RuntimeError, match=r"recv\(\) needs a send\(\)"):
+            pool.recv()
+        pool.send([0, 1, 0, 1])
+        with pytest.raises(RuntimeError, match=r"call recv\(\) first"):
+            pool.send([1, 1, 1, 1])
+        with pytest.raises(RuntimeError, match=r"call recv\(\) first"):
+            pool.reset()
+        got = pool.recv()[0].copy()  # the refused calls changed nothing
+        reference = thrust.CartPole(4)
+        reference.reset(seed=0)
+        assert same(got, reference.step([0, 1, 0, 1])[0])
+        for wrong in ([0, 1], [0.0, 1.0, 0.0, 1.0], [True] * 4):
+            with pytest.raises(ValueError, match=r"actions must be int64 \(4,\), got"):
+                pool.step(wrong)
+    pool.close()
+    with pytest.raises(RuntimeError, match="this pool is closed"):
+        pool.reset()
+
+
+@pytest.mark.parametrize(
+    ("make_env", "num_envs", "workers", "error", "sentence"),
+    [
+        (thrust.CartPole, 2, 3, ValueError, "0 to N workers"),
+        (thrust.CartPole, 2, -1, ValueError, "0 to N workers"),
+        (thrust.CartPole, 0, 0, ValueError, "1 or more environments"),
+        (NextStep, 2, 0, ValueError, "AutoresetMode.SAME_STEP"),
+        (NextStep, 2, 2, ValueError, "AutoresetMode.SAME_STEP"),
+        (TooFew, 4, 0, ValueError, r"make_env\(4\) made 3 environments"),
+        (TooFew, 4, 2, thrust.WorkerError, r"make_env\(2\) made 1 environments"),
+    ],
+)
+def test_what_cannot_become_a_pool_is_refused(make_env, num_envs, workers, error, sentence):
+    with pytest.raises(error, match=sentence):
+        thrust.EnvPool(make_env, num_envs, workers)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "fork"])
+def test_a_make_env_that_workers_cannot_import_is_refused_before_they_start(method):
+    with pytest.raises(TypeError, match="top level of a module, not a lambda"):
+        thrust.EnvPool(lambda n: thrust.CartPole(n), 2, 2, start_method=method)
+
+
+@pytest.mark.skipif("fork" not in METHODS, reason="needs the fork start method")
+def test_a_forked_worker_needs_no_importable_make_env():
+    with thrust.EnvPool(lambda n: thrust.CartPole(n), 2, 2, start_method="fork") as pool:
+        pool.reset(seed=0)
+
+
+def test_a_pool_that_is_forgotten_leaves_no_process():
+    pool = thrust.EnvPool(thrust.CartPole, 4, 2)
+    pids = pool.pids
+    del pool
+    assert all(map(gone, pids))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_workers_follow_a_learner_that_is_killed_even_when_stuck(tmp_path):
+    script = tmp_path / "learner.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(SOURCE.parent), os.path.dirname(__file__)]}\n"
+        "import thrust, test_thrust, time\n"
+        "if __name__ == '__main__':\n"
+        "    pool = thrust.EnvPool(test_thrust.Hangs, 4, 2)\n"
+        "    pool.reset(seed=0)\n"
+        "    for _ in range(2): pool.step([0] * 4)\n"
+        "    pool.send([0] * 4)\n"
+        "    print(*pool.pids, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    learner = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    pids = [int(word) for word in learner.stdout.readline().split()]
+    learner.kill()
+    learner.wait()
+    assert len(pids) == 2 and all(map(gone, pids))
+
+
+def test_gymnasiums_own_vector_environments_run_in_the_pool():
+    oracle("gymnasium")
+    with thrust.EnvPool(gymnasium_cartpole, 4, 2) as pool:
+        reference, rng = thrust.CartPole(4), np.random.default_rng(0)
+        assert same(pool.reset(seed=9)[0], reference.reset(seed=9)[0])
+        for _ in range(100):
+            actions = rng.integers(0, 2, 4)
+            got, expected = pool.step(actions), reference.step(actions)
+            assert all(same(a, b) for a, b in zip(expected[:4], got[:4]))
+            ended = expected[2] | expected[3]
+            if ended.any():
+                assert same(expected[4]["final_obs"][ended], got[4]["final_obs"][ended])
+
+
+def gymnasium_cartpole(num_envs):
+    import gymnasium as gym
+
+    return gym.vector.SyncVectorEnv(
+        [lambda: gym.make("CartPole-v1")] * num_envs,
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+    )
+
+
+# ==============================================================================================
+# 4. ActorCritic
+# ==============================================================================================
+
+BOX, TWO = thrust.Box(-np.ones(4), np.ones(4), (4,)), thrust.Discrete(2)
+
+
+def make_policy(seed=0, space=TWO, hidden=(64, 64)):
+    return thrust.ActorCritic(BOX, space, hidden, torch.Generator().manual_seed(seed))
+
+
+def test_initial_weights_are_orthogonal_with_gains_sqrt2_001_and_1():
+    policy = make_policy()
+    for body, last_gain in ((policy.actor, 0.01), (policy.critic, 1.0)):
+        linears = [layer for layer in body if isinstance(layer, torch.nn.Linear)]
+        assert [tuple(layer.weight.shape) for layer in linears[:2]] == [(64, 4), (64, 64)]
+        for layer, gain in zip(linears, (math.sqrt(2), math.sqrt(2), last_gain)):
+            w = layer.weight.detach()
+            gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
+            torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), atol=1e-5, rtol=0)
+            assert not layer.bias.any()
+    assert {tuple(p.shape) for p in make_policy(hidden=()).parameters()} == {
+        (2, 4),
+        (2,),
+        (1, 4),
+        (1,),
+    }
+
+
+def test_weights_depend_on_the_generator_alone_and_leave_the_global_one_as_it_was():
+    before = torch.get_rng_state()
+    a = make_policy(1)
+    torch.manual_seed(99)
+    middle = torch.get_rng_state()
+    b, c = make_policy(1), make_policy(2)
+    assert torch.equal(torch.get_rng_state(), middle)
+    assert thrust.weights_hash(a) == thrust.weights_hash(b) != thrust.weights_hash(c)
+    torch.set_rng_state(before)
+
+
+def test_logprob_and_entropy_are_those_of_torch_distributions():
+    policy, obs = make_policy(space=thrust.Discrete(5)), torch.randn(300, 4) * 3
+    with torch.no_grad():
+        policy.actor[-1].weight *= 300  # far from uniform
+    action, logprob = policy.act(obs, generator=torch.Generator().manual_seed(1))
+    reference = torch.distributions.Categorical(logits=policy.actor(obs))
+    torch.testing.assert_close(logprob, reference.log_prob(action))
+    again, entropy, value = policy.evaluate(obs, action)
+    assert torch.equal(again, logprob) and again.requires_grad and not logprob.requires_grad
+    torch.testing.assert_close(entropy, reference.entropy())
+    assert torch.equal(value, policy.value(obs)) and value.shape == (300,)
+    assert torch.equal(policy.act(obs, greedy=True)[0], reference.probs.argmax(-1))
+
+
+def test_actions_are_drawn_with_the_policys_probabilities():
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
+    drawn = thrust._sample(logits.expand(200_000, 4), torch.Generator().manual_seed(0))
+    frequency = torch.bincount(drawn, minlength=4) / len(drawn)
+    expected = logits.softmax(0)
+    deviation = (expected * (1 - expected) / len(drawn)).sqrt()
+    assert ((frequency - expected).abs() < 5 * deviation).all()
+
+
+def test_numpy_and_tensor_observations_are_alike_and_of_any_shape():
+    space = thrust.Box(np.zeros((2, 3)), np.ones((2, 3)), (2, 3))
+    policy = thrust.ActorCritic(space, TWO, (8,), torch.Generator())
+    obs = np.random.default_rng(0).normal(size=(5, 2, 3))
+    assert torch.equal(policy.value(obs), policy.value(torch.tensor(obs).reshape(5, 6)))
+
+
+def test_unknown_spaces_are_refused_by_name():
+    class MultiBinary:
+        n, shape = 4, (4,)
+
+        def __repr__(self):
+            return "MultiBinary(4)"
+
+    for spaces in ((BOX, MultiBinary()), (MultiBinary(), TWO)):
+        with pytest.raises(ValueError, match=r"MultiBinary\(4\)"):
+            thrust.ActorCritic(*spaces)
+
+
+# ==============================================================================================
+# 5. RolloutBuffer
+# ==============================================================================================
+
+
+def gae_by_definition(rewards, values, terminated, truncated, final_values, gamma, lam):
+    """Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode; O(T²), one number at a time."""
+    T, N = rewards.shape
+    advantages = np.zeros((T, N))
+    for n, t in itertools.product(range(N), range(T)):
+        for k in range(T - t):
+            s = t + k
+            following = final_values[s, n] if truncated[s, n] else values[s + 1, n]
+            following = 0.0 if terminated[s, n] else following
+            delta = rewards[s, n] + gamma * following - values[s, n]
+            advantages[t, n] += (gamma * lam) ** k * delta
+            if terminated[s, n] or truncated[s, n]:
+                break
+    return advantages
+
+
+def flags_and_numbers(T, seed):
+    """Every combination of both flags in T steps, one per environment, and random numbers."""
+    rng = np.random.default_rng(seed)
+    flags = np.array(list(itertools.product([False, True], repeat=2 * T))).T  # (2T, 4^T)
+    terminated, truncated = flags[:T], flags[T:]
+    N = flags.shape[1]
+    rewards, final = rng.normal(size=(2, T, N))
+    return rewards, rng.normal(size=(T + 1, N)), terminated, truncated, final
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4])
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
+def test_gae_is_its_definition_for_all_flags_and_window_edges(T, gamma, lam):
+    data = flags_and_numbers(T, seed=T)
+    advantages, returns = thrust.gae(*data, gamma, lam)
+    expected = gae_by_definition(*data, gamma, lam)
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+    np.testing.assert_allclose(returns, expected + data[1][:-1], atol=1e-12)
+
+
+def test_gae_never_reads_what_it_says_it_does_not():
+    rewards, values, terminated, truncated, final = flags_and_numbers(4, seed=0)
+    clean = thrust.gae(rewards, values, terminated, truncated, final, 0.9, 0.9)
+    final[~truncated] = np.nan
+    final[terminated] = np.inf
+    dirty = thrust.gae(rewards, values, terminated, truncated, final, 0.9, 0.9)
+    assert same(clean[0], dirty[0]) and same(clean[1], dirty[1])
+
+
+def test_gae_keeps_float32():
+    data = [x.astype(np.float32) if x.dtype == float else x for x in flags_and_numbers(3, 0)]
+    assert {array.dtype for array in thrust.gae(*data, 0.9, 0.9)} == {np.dtype(np.float32)}
+
+
+def test_gae_is_stable_baselines3s():
+    buffers = oracle("stable_baselines3.common.buffers")
+    spaces = pytest.importorskip("gymnasium").spaces
+    rng, T, N, gamma, lam = np.random.default_rng(3), 64, 16, 0.98, 0.8
+    rewards, final = rng.normal(size=(2, T, N)).astype(np.float32)
+    values = rng.normal(size=(T + 1, N)).astype(np.float32)
+    terminated, truncated = rng.random((2, T, N)) < 0.1
+    buffer = buffers.RolloutBuffer(
+        T, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), "cpu", lam, gamma, N
+    )
+    # Its collector adds γ·V(final_obs) to the reward of a truncated step, and ends there.
+    buffer.rewards = rewards + gamma * final * (truncated & ~terminated)
+    buffer.values = values[:-1]
+    ended = terminated | truncated
+    buffer.episode_starts = np.concatenate([np.zeros((1, N)), ended[:-1]]).astype(np.float32)
+    buffer.compute_returns_and_advantage(torch.from_numpy(values[-1]), ended[-1])
+    ours = thrust.gae(rewards, values, terminated, truncated, final, gamma, lam)
+    np.testing.assert_allclose(ours[0], buffer.advantages, atol=2e-6)
+    np.testing.assert_allclose(ours[1], buffer.returns, atol=2e-6)
+
+
+def test_gae_is_torchrls():
+    functional = oracle("torchrl.objectives.value.functional")
+    rewards, values, terminated, truncated, final = flags_and_numbers(4, seed=4)
+    following = np.where(truncated, final, values[1:])
+    arrays = values[:-1], following, rewards, terminated | truncated, terminated
+    tensors = [
+        torch.from_numpy(np.ascontiguousarray(a.T))[..., None] for a in arrays
+    ]  # (N, T, 1)
+    theirs = functional.generalized_advantage_estimate(0.97, 0.9, *tensors)
+    ours = thrust.gae(rewards, values, terminated, truncated, final, 0.97, 0.9)
+    for mine, other in zip(ours, theirs):
+        np.testing.assert_allclose(mine, other[..., 0].numpy().T, atol=1e-6)
+
+
+def test_a_batch_is_the_rollout_flattened_and_minibatches_cover_it():
+    buffer = thrust.RolloutBuffer(3, 2, BOX, TWO)
+    buffer.obs[:] = torch.arange(4 * 2 * 4).view(4, 2, 4)
+    buffer.action[:] = torch.arange(6).view(3, 2)
+    buffer.reward[:] = torch.rand(3, 2)
+    batch = buffer.batch(0.9, 0.9)
+    assert batch.action.tolist() == [0, 1, 2, 3, 4, 5]
+    assert torch.equal(batch.obs, buffer.obs[:3].reshape(6, 4))
+    pieces = list(batch.minibatches(4, 3, torch.Generator().manual_seed(0)))
+    assert [len(piece.obs) for piece in pieces] == [
+        4,
+        2,
+    ] * 3  # what is left over is not dropped
+    passes = [pieces[i].action.tolist() + pieces[i + 1].action.tolist() for i in (0, 2, 4)]
+    assert all(sorted(p) == [0, 1, 2, 3, 4, 5] for p in passes) and passes[0] != passes[1]
+    for piece in pieces:  # rows stay together
+        assert torch.equal(piece.obs[:, 0].long() // 4, piece.action)
+        assert torch.equal(batch.returns[piece.action], piece.returns)
+
+
+# ==============================================================================================
+# 6. PPO
+# ==============================================================================================
+
+
+def some_batch(policy, size, seed=0, drift=0.3):
+    """A batch whose old log-probabilities differ from the policy's by about `drift`."""
+    g = torch.Generator().manual_seed(seed)
+    obs = torch.randn(size, 4, generator=g)
+    action, logprob = policy.act(obs, generator=g)
+    noise = drift * torch.randn(size, generator=g)
+    rest = torch.randn(2, size, generator=g)
+    return thrust.Batch(obs, action, logprob + noise, *rest)
+
+
+def test_on_the_first_minibatch_the_ratio_is_1_and_the_kl_0(in_tmp):
+    seen, original = [], thrust.ppo_loss
+
+    def spy(policy, batch, config):
+        loss, stats = original(policy, batch, config)
+        with torch.no_grad():
+            ratio = (policy.evaluate(batch.obs, batch.action)[0] - batch.logprob).exp()
+        seen.append((ratio, stats))
+        return loss, stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thrust, "ppo_loss", spy)
+        config = small()
+        thrust.train(config)
+    per_update = config.epochs * config.batch_size // config.minibatch_size
+    firsts, lasts = seen[::per_update], seen[per_update - 1 :: per_update]
+    assert len(firsts) == config.num_updates
+    for ratio, stats in firsts:
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
+        assert abs(stats["approx_kl"]) < 1e-6 and stats["clip_fraction"] == 0
+    assert max(stats["approx_kl"] for _, stats in lasts) > 1e-4  # and it does move later
+
+
+def test_a_whole_update_is_stable_baselines3s():
+    sb3, gym = oracle("stable_baselines3"), oracle("gymnasium")
+    size, knobs = 256, {"ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
+    policy = make_policy()
+    with torch.no_grad():
+        policy.actor[-1].weight *= 100
+    theirs = sb3.PPO(
+        "MlpPolicy", gym.make("CartPole-v1"), n_steps=size, batch_size=size, n_epochs=1,
+        learning_rate=1e-3, clip_range=0.2, device="cpu", **knobs
+    )  # fmt: skip
+    extractor = theirs.policy.mlp_extractor
+    bodies = (policy.actor, extractor.policy_net, theirs.policy.action_net)
+    bodies += (policy.critic, extractor.value_net, theirs.policy.value_net)
+    pairs = []
+    for ours, body, head in (bodies[:3], bodies[3:]):
+        mine = [p for layer in ours for p in layer.parameters()]
+        pairs += zip(mine, [*body.parameters(), *head.parameters()])
+    for mine, other in pairs:
+        other.data.copy_(mine.data)
+    batch, config = some_batch(policy, size), thrust.Config(**knobs)
+    buffer = theirs.rollout_buffer
+    buffer.reset()
+    buffer.observations[:, 0], buffer.actions[:, 0, 0] = batch.obs, batch.action
+    buffer.log_probs[:, 0], buffer.values[:, 0] = batch.logprob, 0
+    buffer.advantages[:, 0], buffer.returns[:, 0] = batch.advantage, batch.returns
+    buffer.full = True
+    theirs.set_logger(sb3.common.logger.configure(None, []))
+    theirs.train()
+
+    before = thrust.weights_hash(policy)
+    optimizer = thrust.Adam(policy)
+    loss, stats = thrust.ppo_loss(policy, batch, config)
+    loss.backward()
+    length = optimizer.grad.norm()
+    optimizer.grad *= min(1.0, 0.5 / (float(length) + 1e-6))
+    for mine, other in pairs:  # the clipped gradients
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-7, rtol=1e-5)
+    optimizer.step(1e-3, 1e9)
+    for mine, other in pairs:  # and the weights after Adam's step
+        torch.testing.assert_close(mine.data, other.data, atol=1e-7, rtol=0)
+    assert thrust.weights_hash(policy) != before
+    logged = theirs.logger.name_to_value
+    for name, key in (("approx_kl", "approx_kl"), ("clip_fraction", "clip_fraction")):
+        assert logged[f"train/{key}"] == pytest.approx(stats[name].item(), abs=1e-6)
+    assert logged["train/value_loss"] == pytest.approx(stats["value_loss"].item(), rel=1e-5)
+
+
+def test_adam_is_torchs_adam_with_its_gradient_clipping():
+    ours, theirs = make_policy(3), make_policy(3)
+    mine, other = thrust.Adam(ours), torch.optim.Adam(theirs.parameters(), eps=1e-5)
+    for step in range(20):
+        for policy in (ours, theirs):
+            loss, _ = thrust.ppo_loss(policy, some_batch(ours, 64, step), thrust.Config())
+            loss.backward()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        other.param_groups[0]["lr"] = rate = 1e-2 / (step + 1)
+        other.step()
+        other.zero_grad()
+        torch.testing.assert_close(mine.step(rate, 0.5), expected)
+        assert not mine.grad.any()
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_only_outside_the_band_on_the_winning_side_is_the_gradient_cut():
+    class Fixed:
+        def __init__(self, ratio):
+            self.logprob = torch.tensor(ratio).log().requires_grad_()
+
+        def evaluate(self, obs, action):
+            return self.logprob, torch.zeros(len(self.logprob)), torch.zeros(len(self.logprob))
+
+    #             inside   gained  gained  lost   lost
+    ratio = [1.15, 0.9, 1.5, 1.3, 0.7, 0.6]
+    sign = [1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
+    zeros = torch.zeros(6)
+    policy = Fixed(ratio)
+    batch = thrust.Batch(zeros[:, None], zeros, zeros, torch.tensor(sign), zeros)
+    loss, stats = thrust.ppo_loss(policy, batch, thrust.Config(clip=0.2))
+    loss.backward()
+    pushed = (policy.logprob.grad != 0).tolist()
+    assert pushed == [True, True, False, True, True, False]
+    assert stats["clip_fraction"] == pytest.approx(4 / 6)
+    # mean( min( ratio·Â, clip(ratio)·Â ) ), by hand; Â of ±1 in equal number scales by 1/std
+    std = np.std(sign, ddof=1)
+    by_hand = np.mean([1.15, -0.9, 1.2, -1.3, 0.7, -0.8]) / std
+    assert -stats["policy_loss"].item() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_a_minibatch_of_one_trains_to_finite_numbers():
+    policy = make_policy()
+    loss, stats = thrust.ppo_loss(policy, some_batch(policy, 1), thrust.Config())
+    assert torch.isfinite(loss) and all(torch.isfinite(v) for v in stats.values())
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    policy = make_policy()
+    batch = some_batch(policy, 8)
+    batch.returns = batch.returns[:, None]
+    with pytest.raises(AssertionError, match="would make"):
+        thrust.ppo_loss(policy, batch, thrust.Config())
+
+
+@pytest.mark.parametrize("target", [None, 1e-4, 1e-30])
+def test_target_kl_ends_the_whole_update(target):
+    policy = make_policy()
+    batch = some_batch(policy, 256, drift=0.0)
+    config = thrust.Config(minibatch_size=64, epochs=10, target_kl=target)
+    g = torch.Generator().manual_seed(0)
+    stats = thrust.ppo_update(policy, thrust.Adam(policy), batch, config, 3e-2, g)
+    steps = stats["gradient_steps"]
+    assert steps == 40 if target is None else 1 <= steps < 10
+    assert all(math.isfinite(value) for value in stats.values())
+
+
+class Bandit(Stateless):
+    """One step per episode: +1 for the action that the sign of the observation asks for."""
+
+    def reset(self, *, seed=None):
+        self.rng = np.random.default_rng(seed)
+        self.obs = self.rng.uniform(-1, 1, (self.num_envs, 1)).astype(np.float32)
+        return self.obs, {}
+
+    def step(self, actions):
+        reward = np.where((self.obs[:, 0] > 0) == (actions == 1), 1.0, -1.0)
+        final = self.obs
+        self.obs = self.rng.uniform(-1, 1, (self.num_envs, 1)).astype(np.float32)
+        always = np.ones(self.num_envs, bool)
+        return self.obs, reward, always, ~always, {"final_obs": final}
+
+
+def test_a_contextual_bandit_is_solved_completely():
+    config = thrust.Config(num_envs=64, num_steps=8, minibatch_size=128, learning_rate=1e-2)
+    with thrust.EnvPool(Bandit, 64, 0) as envs:
+        learner = thrust.Learner(config, envs)
+        learner.buffer.obs[-1] = torch.from_numpy(envs.reset(seed=0)[0])
+        for _ in range(40):
+            learner.collect()
+            batch = learner.buffer.batch(config.gamma, config.gae_lambda)
+            g = learner.generators["minibatches"]
+            thrust.ppo_update(learner.policy, learner.optimizer, batch, config, 1e-2, g)
+        magnitude = torch.linspace(0.05, 1, 100)
+        obs = torch.cat([-magnitude, magnitude])[:, None]
+        action, _ = learner.policy.act(obs, greedy=True)
+    assert torch.equal(action, (obs[:, 0] > 0).long())
+
+
+# ==============================================================================================
+# 7. Training
+# ==============================================================================================
+
+
+def test_seeds_of_runs_and_purposes_never_meet():
+    widths = {"environments": 4096, "evaluation": 1000}
+    ranges = sorted(
+        (start := thrust.derive_seed(seed, purpose), start + widths.get(purpose, 1))
+        for seed in range(2000)
+        for purpose in thrust.PURPOSES
+    )
+    assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:]))
+    assert ranges[-1][1] < 2**63
+
+
+def test_a_truncated_step_is_valued_by_the_state_that_it_reached():
+    class Short(thrust.CartPole):
+        def __init__(self, num_envs):
+            super().__init__(num_envs, max_episode_steps=3)
+
+    config = thrust.Config(num_envs=2, num_steps=5, minibatch_size=10)
+    with thrust.EnvPool(Short, 2, 0) as envs:
+        learner = thrust.Learner(config, envs)
+        learner.buffer.obs[-1] = torch.from_numpy(envs.reset(seed=0)[0])
+        learner.collect()
+    buffer, shadow = learner.buffer, Short(2)
+    assert buffer.truncated.any(1).tolist() == [False, False, True, False, False]
+    obs, _ = shadow.reset(seed=0)
+    for t in range(5):
+        assert same(buffer.obs[t], obs)
+        obs, _, _, _, info = shadow.step(buffer.action[t].numpy())
+        if t == 2:
+            expected = learner.policy.value(info["final_obs"])
+            torch.testing.assert_close(buffer.final_value[t], expected)
+            assert not torch.allclose(expected, learner.policy.value(buffer.obs[3]))
+    assert learner.episodes == 2 and learner.recent == [[3.0, 3.0], [3.0, 3.0]]
+    assert learner.running.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A finished run, to compare others with: (config, result)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        config = small(total_steps=8 * 16 * 40)
+        result = thrust.train(config)
+        return config, result._replace(run=result.run.absolute())
+
+
+def test_the_same_config_gives_the_same_weights_and_log_for_any_workers(undisturbed, in_tmp):
+    config, result = undisturbed
+    for workers in (0, 1, 2):
+        again = thrust.train(dataclasses.replace(config, workers=workers))
+        assert thrust.weights_hash(again.policy) == thrust.weights_hash(result.policy)
+        assert rows_without_clock(again.run) == rows_without_clock(result.run)
+        assert same(again.evaluation.returns, result.evaluation.returns)
+    other = thrust.train(dataclasses.replace(config, seed=1))
+    assert thrust.weights_hash(other.policy) != thrust.weights_hash(result.policy)
+    assert [p.name for p in sorted(in_tmp.glob("runs/*"))] == [
+        "CartPole-0", "CartPole-0-2", "CartPole-0-3", "CartPole-1"
+    ]  # fmt: skip
+
+
+def flags_of(config):
+    skip = ("hidden", "anneal", "target_kl")
+    knobs = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in knobs.items()]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(undisturbed, in_tmp):
+    config, result = undisturbed
+    log = in_tmp / "runs" / "CartPole-0" / "log.csv"
+    for workers, flags in ((2, flags_of(config)), (0, ["--resume", "runs/CartPole-0"])):
+        process = subprocess.Popen(
+            command(*flags, f"--workers={workers}"), stdout=subprocess.DEVNULL
+        )
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        deadline = time.monotonic() + 60
+        while not log.exists() or len(log.read_text().splitlines()) < before + 6:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert len(log.read_text().splitlines()) < config.num_updates + 1  # it was on its way
+    one_worker = dataclasses.replace(config, workers=1)
+    resumed = thrust.train(one_worker, resume="runs/CartPole-0")
+    assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(result.policy)
+    assert rows_without_clock(resumed.run) == rows_without_clock(result.run)
+    assert len(rows_without_clock(resumed.run)) == config.num_updates
+
+
+def test_the_log_has_every_column_for_every_update(undisturbed):
+    config, result = undisturbed
+    rows = rows_without_clock(result.run)
+    assert list(result.rows[0]) and set(result.rows[0]) == set(thrust.COLUMNS)
+    assert [int(row["update"]) for row in rows] == list(range(1, config.num_updates + 1))
+    assert int(rows[-1]["steps"]) == config.total_steps
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[0] == config.learning_rate and 0 < rates[-1] < rates[-2]
+    np.testing.assert_allclose(np.diff(rates), -config.learning_rate / config.num_updates)
+    assert all(math.isfinite(float(v)) for row in rows[3:] for v in row.values())
+    assert json.loads((result.run / "config.json").read_text())["num_envs"] == config.num_envs
+
+
+def test_a_checkpoint_is_data_and_its_policy_is_the_one_that_was_trained(undisturbed):
+    _, result = undisturbed
+    state = torch.load(result.run / "checkpoint.pt", weights_only=True)
+    assert state["update"] == len(state["rows"]) == len(result.rows)
+    policy, obs = thrust.load(result.run), np.random.default_rng(0).normal(size=(50, 4))
+    assert thrust.weights_hash(policy) == thrust.weights_hash(result.policy)
+    assert torch.equal(policy.act(obs, greedy=True)[0], result.policy.act(obs, greedy=True)[0])
+    assert sorted(p.name for p in result.run.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "log.csv",
+    ]
+
+
+def test_training_leaves_global_generators_and_threads_alone(in_tmp):
+    import random
+
+    def state():
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+        before = state()
+        first = thrust.train(small())
+        assert state() == before and torch.get_num_threads() == 2
+        random.seed(2), np.random.seed(2), torch.manual_seed(2)  # and does not read them either
+        assert thrust.weights_hash(thrust.train(small()).policy) == thrust.weights_hash(
+            first.policy
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_evaluation_disturbs_nothing_and_repeats_exactly(undisturbed):
+    config, result = undisturbed
+    again = thrust.evaluate(result.policy, config)
+    assert same(again.returns, result.evaluation.returns) and len(again.returns) == 4
+    assert again.mean == pytest.approx(np.mean(again.returns))
+    assert again.std == pytest.approx(np.std(again.returns))
+
+
+def test_a_resumed_run_keeps_its_config(undisturbed):
+    config, result = undisturbed
+    for knob, value in (("learning_rate", 1.0), ("num_envs", 4), ("seed", 3)):
+        changed = dataclasses.replace(config, **{knob: value})
+        with pytest.raises(ValueError, match=f"has {knob} = .*, not {value}; only workers"):
+            thrust.train(changed, resume=result.run)
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(in_tmp):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        thrust.load("nowhere")
+    path = in_tmp / "checkpoint.pt"
+    for content in (b"", b"not a checkpoint", b"PK\x03\x04" + bytes(1000)):
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError, match="is not a checkpoint that can be loaded"
+        ) as refusal:
+            thrust.load(in_tmp)
+        assert "\n" not in str(refusal.value)
+    torch.save({"format": 99}, path)
+    with pytest.raises(ValueError, match="its format is 99, and not 1"):
+        thrust.load(in_tmp)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(in_tmp / "executed"),)
+
+    torch.save({"format": 1, "evil": Evil()}, path)
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        thrust.load(in_tmp)
+    assert not (in_tmp / "executed").exists()
+
+
+def test_an_error_in_training_saves_the_last_update_and_says_how_to_go_on(in_tmp, capsys):
+    original, calls = thrust.ppo_update, []
+
+    def fail_at_the_fourth(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("something broke")
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thrust, "ppo_update", fail_at_the_fourth)
+        with pytest.raises(RuntimeError, match="something broke"):
+            thrust.train(small(checkpoint_every=100))
+    run = os.path.join("runs", "CartPole-0")
+    assert f"stopped after update 3 of 6; to go on: python thrust.py --resume {run}" in (
+        capsys.readouterr().out
+    )
+    resumed = thrust.train(small(), resume=run)
+    whole = thrust.train(small())
+    assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(whole.policy)
+
+
+def test_the_defaults_solve_cartpole(in_tmp, capsys):
+    result = thrust.train(thrust.Config(seed=7))
+    assert result.evaluation.mean == 500.0 and len(result.evaluation.returns) == 100
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("passed 195, the bar of CartPole-v0")]
+    assert [line for line in lines if line.startswith("passed 475, the bar of CartPole-v1")]
+    assert lines[-2] == "evaluation: mean return 500.0 ± 0.0 over 100 episodes"
+    assert lines[-1] == f"weights: {thrust.weights_hash(result.policy)}"
+
+
+# ==============================================================================================
+# 8. Command line
+# ==============================================================================================
+
+
+def test_every_knob_is_a_flag_with_its_help_and_default(capsys):
+    with pytest.raises(SystemExit) as done:
+        thrust.main(["--help"])
+    assert done.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(thrust.Config):
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert field.metadata["help"] in text
+    assert "(default: 64 64)" in text and "(default: 0.008)" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--nonsense", "unrecognized arguments: --nonsense"),
+        ("--num-envs many", "argument --num-envs: invalid int value: 'many'"),
+        ("--num-envs 0", "num_envs = 0 is not possible: it must be a whole number, at least 1"),
+        ("--gamma nan", "gamma = nan is not possible"),
+        ("--seed", "argument --seed: expected one argument"),
+        ("--num-env 4", "unrecognized arguments: --num-env 4"),
+        ("--resume a --evaluate b", "not allowed with argument"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, message, in_tmp, capsys):
+    with pytest.raises(SystemExit) as done:
+        thrust.main(flags.split())
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and message in error and error.count("\n") == 1
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_other_failures_are_one_line_and_exit_code_1(in_tmp, capsys):
+    assert thrust.main(["--resume", "nowhere"]) == 1
+    (in_tmp / "runs").write_text("a file where the folder should be")
+    assert thrust.main(["--total-steps", "2048"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("thrust: ") for line in errors)
+
+
+def test_flags_reach_the_run_and_a_run_can_be_evaluated(in_tmp, capsys):
+    flags = "--num-envs 4 --num-steps 8 --minibatch-size 16 --total-steps 64 --hidden 8 8 8"
+    assert thrust.main([*flags.split(), "--no-anneal", "--eval-episodes", "3"]) == 0
+    trained = capsys.readouterr().out.splitlines()[-2:]
+    config, _ = thrust.load_checkpoint("runs/CartPole-0")
+    assert (config.hidden, config.anneal, config.num_envs) == ((8, 8, 8), False, 4)
+    assert thrust.main(["--evaluate", "runs/CartPole-0"]) == 0
+    assert capsys.readouterr().out.splitlines() == trained
+    assert thrust.main(["--resume", "runs/CartPole-0"]) == 0  # nothing left: it evaluates again
+    assert capsys.readouterr().out.splitlines()[-2:] == trained
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
+@pytest.mark.parametrize(
+    ("signal_name", "workers", "code"),
+    [("SIGINT", 0, 130), ("SIGINT", 2, 130), ("SIGTERM", 0, 143)],
+)
+def test_an_interrupted_run_saves_itself_and_leaves_nothing(signal_name, workers, code, in_tmp):
+    process = subprocess.Popen(
+        command("--workers", workers, "--total-steps", 50_000_000),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while "steps/s" not in process.stdout.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, getattr(signal, signal_name))
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (code, "")
+    stopped = re.search(r"^stopped after update (\d+) of 24414; to go on: (.*)$", out, re.M)
+    assert stopped[2] == "python thrust.py --resume runs/CartPole-0"
+    _, state = thrust.load_checkpoint("runs/CartPole-0")
+    assert state["update"] == int(stopped[1]) == len(state["rows"]) >= 1
+    with pytest.raises(ProcessLookupError):  # nobody is left in the group
+        for _ in range(200):
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
