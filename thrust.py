@@ -5,51 +5,57 @@
 # Thrust 1.0, MIT licence, copyright 2026 the Thrust authors
 """Thrust: PPO in one file, to be read from top to bottom, copied from, and run.
 
-PPO, Proximal Policy Optimization, trains a neural network to act by letting it play, working
-out which of its actions led to more reward than expected, and making those a little more
-probable: never much more at once, because what was learned from one way of playing stops being
+PPO, Proximal Policy Optimization, trains a neural network to act. It lets the network play,
+works out which of its actions led to more reward than expected, and makes those a little more
+probable. Only a little at a time, because what was learned from one way of playing stops being
 true once the way of playing has changed.
 
-This file is the whole of it: a game (balancing a pole on a cart, hundreds of them at a time),
-worker processes that play games in parallel, the networks, the arithmetic that assigns credit,
-the loss, the training loop and a command line. It needs NumPy and PyTorch, nothing else. It is
-not a framework: no recurrent networks, no replay memory, no self-play, no hyperparameter
-sweeps, no callbacks, no plugins.
+This file is the whole of it: a game (balancing a pole on a cart, many of them at once), worker
+processes that play games in parallel, the networks, the arithmetic that says which actions
+deserve the credit, the loss, the training loop and a command line. It needs NumPy and PyTorch,
+nothing else. It is not a framework: no recurrent networks, no replay memory, no self-play, no
+hyperparameter sweeps, no callbacks, no plugins.
 
-    python thrust.py           train, and see the pole balanced within seconds
-    python thrust.py --help    every knob, its default, and what goes wrong when it is turned
+    python thrust.py           train; within seconds the pole stays up for all of its 500 steps
+    python thrust.py --help    every knob and its default
 
 PPO in six steps. The training loop, at the end of part 7, carries the same numbers.
 
     1. Collect.    Let the policy play T steps in N environments at once; keep all of it.
-    2. Value.      Ask a second network what it expected to still earn from each state.
+    2. Value.      Ask a second network how much reward it expected from each state onwards.
     3. Advantage.  Work out, for every action, how much better it went than expected.
-    4. Improve.    For a few epochs, in small shuffled batches: make actions that went better
-                   than expected more probable and the others less, within a narrow band around
-                   the policy that played; and correct the second network's expectations.
-    5. Report.     Log what happened, save a checkpoint, and throw the data away: it was played
-                   by a policy that no longer exists.
+    4. Improve.    Go over the data a few times, in small shuffled batches: make actions that
+                   went better than expected more probable and the others less, but stop pushing
+                   where a probability has moved far enough; and correct the second network.
+    5. Report.     Log what happened, and save a checkpoint. The data is not used again: it was
+                   played by a policy that no longer exists.
     6. Repeat      from 1 until the budget of steps is spent; then evaluate the final policy.
 
-The parts, each using only what stands above it:
+The parts, each using only what stands above it. Under its heading, each says what it needs if
+it is copied elsewhere: imports, and which earlier parts.
 
     1. Config         the knobs               5. RolloutBuffer  storage, and advantages (GAE)
     2. CartPole       the game                6. PPO            the loss and the update
     3. EnvPool        games in processes      7. Training       the loop, checkpoints, resume
     4. ActorCritic    the two networks        8. Command line   flags, exit codes
 
-Words. An *observation* (obs) is what the player sees, an *action* what it does, a *reward* the
-number it is paid for one step, an *episode* one game from start to end. The *policy* gives each
-possible action a probability; the player draws from those. The *return* is the sum of rewards
-from some step on, and the *value* of a state is the return that the policy can expect from
-there. Letters, which mean the same in every part:
+Words. An *environment* is a game. What the player sees of its *state* is an *observation*, or
+obs (of CartPole it sees everything); what it does is an *action*, and what it is paid for one
+step a *reward*. Together they are one *transition*. An *episode* is one game from start to end,
+a *rollout* some number of steps that need not end anywhere. The *policy*, written
+π(action|state), gives each action a probability, and the player draws from those. The *return*
+is the sum of the rewards of an episode; the *value* of a state is the sum of rewards that the
+policy can expect from there, later ones counting less. An *epoch* is one pass over a rollout,
+in pieces called *minibatches*.
+Letters, which mean the same in every part:
 
     N  environments played side by side        γ  discount: a reward k steps away counts γᵏ
-    T  steps in one rollout of each of them    λ  how far advantages look past the value network
-    B  = T·N, the transitions in a rollout     ε  how far the policy may move in one update
-    M  transitions in one minibatch            δ  one step's surprise (part 5)
-    O  numbers in one observation              Â  estimated advantage
-    A  actions to choose from                  V  estimated value
+    T  steps in one rollout of each of them    λ  how much advantages rely on rewards that were
+    B  = T·N, the transitions in a rollout        seen, and not on expected ones (part 5)
+    M  transitions in one minibatch            ε  how far a probability may move before nothing
+    O  numbers in one observation                 pushes it further (part 6)
+    A  actions to choose from                  δ  one step's surprise (part 5)
+    V  estimated value                         Â  estimated advantage
 
 Shapes stand at the ends of lines, as in `# (T, N, O)`. Arrays that remember time are (T, N);
 those that an update trains on are flat, (B,) or (M,), because by then order no longer matters.
@@ -93,40 +99,44 @@ from torch.optim.adam import adam
 # --help prints. The command line (part 8) is generated from this class, and so is the
 # config.json that a run leaves behind.
 #
-# The defaults solve CartPole in seconds on a laptop. They are unusual in one respect, a
-# learning rate about 25 times the common 3e-4. CartPole pays the same for every step and its
-# episodes are short, so advantages carry little noise and long steps are safe; and because the
-# rate falls linearly towards zero, the long steps come first and the careful ones last.
+# The defaults solve CartPole in seconds on a laptop. One of them is unusual: the learning rate
+# is 25 times the common 3e-4. CartPole's physics have no noise, and it pays the same for every
+# step, so what a rollout says about an action is fairly reliable, and large changes of the
+# weights are safe; and as the rate falls towards zero, large changes come first and careful
+# ones last.
 # ==============================================================================================
 
 
 def knob(default: Any, help: str, kind: type | None = None) -> Any:
-    """A field with its help text, and the type that a flag converts to (or the default's)."""
+    """A field with a help text; `kind` is what its flag is converted to, if not the default's
+    type (an optional float, or one element of a tuple)."""
     metadata = {"help": help, "kind": kind or type(default)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that determines a run. Immutable; `dataclasses.replace` makes a changed copy. Raises
+    """All that a run is told. Immutable; `dataclasses.replace` makes a changed copy. Raises
     ValueError with one sentence that names the field, the value and the rule."""
 
     env: str = knob("CartPole", "the environment to train on")
     seed: int = knob(0, "the number that every random draw of the run is derived from")
     num_envs: int = knob(64, "environments played side by side (N); more: steadier gradients")
-    num_steps: int = knob(32, "steps of each per rollout (T); few: credit cannot travel far")
+    num_steps: int = knob(32, "steps of each per rollout (T); few: shortsighted advantages")
     total_steps: int = knob(150_000, "steps to train for, in all environments together")
     minibatch_size: int = knob(512, "transitions per gradient step (M); small: noisy gradients")
-    epochs: int = knob(4, "passes over each rollout; too many: the policy outruns its data")
-    learning_rate: float = knob(8e-3, "Adam's step size; too large: the policy collapses")
-    anneal: bool = knob(True, "lower the learning rate linearly, update by update, to zero")
-    gamma: float = knob(0.98, "discount γ; the policy cares for the next 1/(1-γ) steps or so")
-    gae_lambda: float = knob(0.9, "λ; 0: advantages trust the value network, 1: only rewards")
-    clip: float = knob(0.2, "ε: how far a probability may move, as a fraction, in one update")
-    ent_coef: float = knob(0.0, "weight of the entropy bonus; raise it to explore for longer")
+    epochs: int = knob(4, "passes over each rollout; many: its data no longer fits the policy")
+    learning_rate: float = knob(8e-3, "Adam's step size; too large: what was learned is lost")
+    anneal: bool = knob(True, "lower the learning rate linearly, update by update, towards 0")
+    gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count")
+    gae_lambda: float = knob(0.9, "λ; 0: advantages rely on expected rewards, 1: on those seen")
+    clip: float = knob(0.2, "ε: change of a probability, as a fraction, that is pushed for")
+    ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore for longer")
     vf_coef: float = knob(0.5, "weight of the value network's mean squared error")
     max_grad_norm: float = knob(0.5, "longest gradient; longer ones are scaled down to it")
-    target_kl: float | None = knob(None, "end an update when the policy is this far", float)
+    target_kl: float | None = knob(
+        None, "end an update once approx_kl (part 7) exceeds this", float
+    )
     hidden: tuple[int, ...] = knob((64, 64), "widths of each network's hidden layers", int)
     workers: int = knob(0, "processes that step the environments; 0: this one does (part 3)")
     threads: int = knob(1, "torch's threads; networks this small are slower with more")
@@ -161,9 +171,9 @@ class Config:
         require("hidden", lambda v: all(map(whole, v)), "whole numbers, at least 1 each")
         require("gamma gae_lambda", lambda v: 0 <= v <= 1, "from 0 to 1")
         require("clip", lambda v: 0 < v < 1, "above 0 and below 1")
-        huge = float("inf")
-        require("ent_coef vf_coef", lambda v: 0 <= v < huge, "finite and 0 or more")
-        require("learning_rate max_grad_norm", lambda v: 0 < v < huge, "finite and above 0")
+        inf = float("inf")
+        require("ent_coef vf_coef", lambda v: 0 <= v < inf, "finite and 0 or more")
+        require("learning_rate max_grad_norm", lambda v: 0 < v < inf, "finite and above 0")
         require("target_kl", lambda v: v is None or v > 0, "above 0, or not given at all")
         require("workers", lambda v: v <= self.num_envs, f"at most num_envs, {self.num_envs}")
         rollout = f"num_envs * num_steps = {self.batch_size}"
@@ -187,21 +197,22 @@ class Config:
 # An episode can end in two ways, and the difference matters later (part 5):
 #
 #   terminated   the game itself is over: the pole fell. No reward can follow from here.
-#   truncated    somebody stopped watching: here, after 500 steps. The pole still stands, and
-#                the reward that would have followed is real; only nobody will see it.
+#   truncated    the game was cut off: here, after 500 steps. The pole still stands, and more
+#                reward would have followed; it is just not going to be played.
 #
 # Both flags belong to the step that ended the episode, not to the one after. A game that ended
 # begins anew within that same step ("auto-reset"; Gymnasium calls this mode SAME_STEP), so that
 # the batch never has holes. `obs` is then the first observation of the next episode, and the
 # last one of the episode that ended is in `info["final_obs"]`, in the same row.
 #
-# The numbers are those of Gymnasium's CartPole-v1, bit for bit: same seeds, same start states,
-# same observations. So the order of operations below is Gymnasium's: a tidier formula would
-# round differently, and a balanced pole soon amplifies a last bit into another game.
+# The numbers are those of CartPole-v1 in Gymnasium, the library in which most environments are
+# published, bit for bit: same seeds, same start states, same observations. So the order of
+# operations below is Gymnasium's: a tidier formula would round differently, and a balanced pole
+# soon amplifies a last bit into another game.
 #
-# The methods are those of every vector environment in Gymnasium, and all that Thrust asks of
-# one. Environments that keep the same contract can take CartPole's place: in the pool (part 3),
-# which is one too, and in training.
+# The methods are those of Gymnasium's vector environments too, and an environment that has them
+# can take CartPole's place in the pool (part 3), which is such an environment itself, and in
+# training. `state` and `set_state` are Thrust's own: with them, a run can be resumed exactly.
 # ==============================================================================================
 
 StepResult = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
@@ -259,8 +270,8 @@ class CartPole:
         self.single_observation_space = Box(-high, high, high.shape)
         self.single_action_space = Discrete(2)
 
-        # _state[0] is positions, _state[1] velocities; in each, row 0 is the cart's (in metres)
-        # and row 1 the pole's (in radians). An observation is x, ẋ, θ, θ̇: the axes swapped.
+        # _state[0] holds positions, _state[1] velocities; in each, row 0 is the cart's (metres)
+        # and row 1 the pole's (radians). An observation is x, ẋ, θ, θ̇: with the axes swapped.
         self._state = np.zeros((2, 2, num_envs))
         self._acceleration = np.zeros((2, num_envs))
         self._work = np.zeros((4, num_envs))
@@ -269,8 +280,9 @@ class CartPole:
         self._terminated, self._truncated, self._outside = np.zeros((3, num_envs), bool)
 
         self._seeds, self._episodes, self._steps = np.zeros((3, num_envs), np.int64)
-        # Each environment draws its start states from a generator of its own, many at a time:
+        # Each environment draws start states from a generator of its own, a block at a time:
         # one draw of (256, 4) is the same stream as 256 draws of 4, at a hundredth of the cost.
+        # The block shrinks as N grows, so that `_starts` stays within 64 MB up to N = 100,000.
         self._block = min(256, max(16, 2**20 // num_envs))
         self._starts = np.zeros((num_envs, self._block, 4))
         self._generators: list[np.random.Generator] = []
@@ -278,12 +290,12 @@ class CartPole:
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begins an episode everywhere: (obs, {}).
+        """Begins an episode everywhere, and returns (obs, {}).
 
         With a seed, environment i draws its start states from a generator seeded seed + i;
         without, the generators go on where they were (in a fresh object, the operating system
-        gives a seed). Raises ValueError for a seed that is negative or does not fit into 63
-        bits, and for options, of which there are none.
+        gives a seed). Raises ValueError for options, of which there are none, and for a seed
+        that is negative or too large for an int64.
         """
         if options:
             raise ValueError(f"CartPole has no reset options, got {options}")
@@ -299,7 +311,7 @@ class CartPole:
         return self._obs.T, {}
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Pushes every cart once: (obs, reward, terminated, truncated, info).
+        """Pushes every cart once, and returns (obs, reward, terminated, truncated, info).
 
         `info` is empty, or, where episodes ended, has "final_obs": float32 (N, 4), to be read
         in the rows where terminated | truncated. Raises ValueError unless actions are integers
@@ -309,7 +321,7 @@ class CartPole:
             raise RuntimeError("call reset() before the first step()")
         actions = np.asarray(actions)
         right_kind = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
-        # The bitwise or of all actions is 0 or 1 exactly if each of them is.
+        # The bitwise or of all actions is 0 or 1 if and only if each of them is.
         if not right_kind or np.bitwise_or.reduce(actions) not in (0, 1):
             got = f"{actions.dtype} {actions.shape}: {actions}"
             raise ValueError(f"actions must be ({self.num_envs},) integers 0 or 1, got {got}")
@@ -322,13 +334,13 @@ class CartPole:
         # F = -10 N for action 0, +10 N for action 1
         np.multiply(actions, 2 * self.FORCE, out=work)
         work -= self.FORCE
-        # temp = (F + m·l·θ̇²·sin θ) / M
+        # temp = (F + m·l·θ̇²·sin θ) / m_total
         np.square(velocity[1], out=temp)
         temp *= self.POLE_MASS * self.HALF_LENGTH
         temp *= sin
         temp += work
         temp /= self.TOTAL_MASS
-        # θ̈ = (g·sin θ - cos θ·temp) / (l·(4/3 - m·cos²θ / M))
+        # θ̈ = (g·sin θ - cos θ·temp) / (l·(4/3 - m·cos²θ / m_total))
         sin *= self.GRAVITY
         np.multiply(cos, temp, out=work)
         np.subtract(sin, work, out=angle_acceleration)
@@ -338,13 +350,13 @@ class CartPole:
         np.subtract(4.0 / 3.0, work, out=work)
         work *= self.HALF_LENGTH
         angle_acceleration /= work
-        # ẍ = temp - m·l·θ̈·cos θ / M
+        # ẍ = temp - m·l·θ̈·cos θ / m_total
         np.multiply(angle_acceleration, self.POLE_MASS * self.HALF_LENGTH, out=work)
         work *= cos
         work /= self.TOTAL_MASS
         np.subtract(temp, work, out=x_acceleration)
         # Euler's method: position += τ·velocity, then velocity += τ·acceleration
-        pair = self._work[:2]  # sin and cos are not needed any more
+        pair = self._work[:2]  # the memory of sin and cos, which are not needed any more
         np.multiply(velocity, self.TAU, out=pair)
         position += pair
         self._acceleration *= self.TAU
@@ -371,8 +383,8 @@ class CartPole:
         """Does nothing: there is nothing to release."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Copies of all that the future depends on, N rows each. The generators are in it as a
-        seed and a number of episodes begun: PCG64 can jump to any place of its stream."""
+        """Copies of all that the future depends on, N rows each. Of a generator, its seed and
+        the number of episodes begun will do: PCG64 can jump to any place of its stream."""
         state = self._state.transpose(2, 1, 0).reshape(self.num_envs, 4)
         rest = {"steps": self._steps, "seed": self._seeds, "episodes": self._episodes}
         return {"state": state, **{name: array.copy() for name, array in rest.items()}}
@@ -388,7 +400,7 @@ class CartPole:
         out.reshape(2, 2, self.num_envs)[...] = self._state.swapaxes(0, 1)
 
     def _seed_generators(self, episodes: np.ndarray) -> None:
-        """Gives each environment its generator, past the draws for `episodes` (N,) episodes."""
+        """Gives each environment its generator, with `episodes` (N,) start states drawn."""
         self._episodes[:] = episodes
         self._generators = []
         for i, seed in enumerate(self._seeds.tolist()):
@@ -396,7 +408,7 @@ class CartPole:
             stream = np.random.PCG64(seed)
             stream.advance(blocks * self._block * 4)
             self._generators.append(np.random.Generator(stream))
-            if inside:
+            if inside:  # if not, the next episode will draw
                 self._draw_starts(i)
 
     def _draw_starts(self, i: int) -> None:
@@ -434,26 +446,25 @@ class CartPole:
 # `go` and `done` are semaphores, a pair per worker. They also order memory: what was written
 # before a release is seen after the acquire that it allows.
 #
-# Who waits first asks again and again for a while, giving way to other processes in between,
-# and only then sleeps. Being woken takes as long as stepping a hundred CartPoles, so a fast
-# exchange should never sleep; but a worker that waits for the learner to compute must not burn
-# the core that the learner computes on, so a long wait should. Gymnasium and Stable-Baselines3
-# send through pipes, which always sleep.
+# A process that waits polls for a short while, giving way to others in between, and then
+# sleeps. Being woken takes as long as stepping a hundred CartPoles, so a quick answer should
+# find nobody asleep; but a worker that waits for the learner to compute must not burn the core
+# that the learner computes on, so a long wait should be slept through.
 #
-# The learner never waits blindly: ten times a second it looks whether the worker is alive, and
+# The learner never waits blindly: ten times a second it checks whether the worker is alive, and
 # whether its time is up. A worker has a thread that waits for the learner's process to end, and
 # then ends the worker, even if that is stuck inside an environment.
 #
-# When does a pool lose to one process? When stepping the whole batch takes less time than the
-# exchange, some 10 to 20 µs per worker; when there is no core to spare; and in short runs: the
-# first worker costs as long as importing torch takes, two seconds or so, each further one a few
-# hundredths. It wins where environments are slow. Seeds belong to environments, not to workers,
-# so results are the same, bit for bit, with any number of them.
+# A pool wins where environments are slow. It loses where stepping the whole batch takes less
+# time than handing it over and back, or no core is free, or the run is short: starting the
+# first worker takes as long as importing torch, two seconds or so, and each further one 20 ms.
+# Seeds belong to environments, not to workers, so results are the same, bit for bit, with any
+# number.
 # ==============================================================================================
 
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
 DOING = ["stepping", "resetting", "giving its state", "taking a state", "closing"]
-ASK_FOR = 200e-6  # seconds, before sleeping
+POLLING = 200e-6  # seconds of it, before sleeping
 
 
 class WorkerError(RuntimeError):
@@ -491,7 +502,7 @@ def _layout(env: Any, num_envs: int, workers: int) -> dict[str, Any]:
     layout["reward"] = ((num_envs,), np.dtype(np.float64))
     layout["terminated"] = layout["truncated"] = ((num_envs,), np.dtype(bool))
     if hasattr(env, "state"):
-        env.reset(seed=0)
+        env.reset(seed=0)  # so that there is one, and its arrays can be measured
         for name, value in env.state().items():
             layout["state:" + name] = ((num_envs, *value.shape[1:]), value.dtype)
     layout["seed"] = ((2,), np.dtype(np.int64))  # whether there is one, and which
@@ -543,10 +554,10 @@ class _Slice:
 
 
 def _acquire(semaphore: Any, timeout: float | None) -> bool:
-    """Waits for `semaphore` up to `timeout` seconds (None: for ever); whether it came."""
+    """Acquires `semaphore` within `timeout` seconds (None: for ever); False if it could not."""
     give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # not on Windows
     began = time.perf_counter()
-    while time.perf_counter() - began < ASK_FOR:
+    while time.perf_counter() - began < POLLING:
         if semaphore.acquire(False):
             return True
         give_way()
@@ -561,14 +572,15 @@ def _worker(
     threading.Thread(target=_follow_learner, daemon=True).start()
     arrays = _arrays_in(memory, layout)
     try:
-        environments, command = _Slice(make_env, rows, arrays), -1
+        environments = _Slice(make_env, rows, arrays)
+        command = None
         while command != CLOSE:
-            done.release()  # built, or done with the last command
+            done.release()  # at first: built; later: done with the last command
             _acquire(go, None)
             command = int(arrays["command"][worker])
             environments.run(command)
     except BaseException:
-        text = traceback.format_exc().encode()[-arrays["error"].shape[1] :]
+        text = traceback.format_exc().encode()[-arrays["error"].shape[1] :]  # its end says most
         arrays["error"][worker, : len(text)] = np.frombuffer(text, np.uint8)
         done.release()
         raise SystemExit(1) from None
@@ -581,23 +593,17 @@ def _follow_learner() -> None:
     os._exit(1)
 
 
-class _Process(NamedTuple):
-    process: Any
-    go: Any
-    done: Any
-
-
-def _end(workers: list[_Process], command: np.ndarray, grace: float) -> None:
+def _end(workers: list[Any], command: np.ndarray, grace: float) -> None:
     """Tells the workers to close, and kills those that have not ended in `grace` seconds."""
     command[:] = CLOSE
-    for worker in workers:
-        worker.go.release()
+    for _, go, _ in workers:
+        go.release()
     deadline = time.monotonic() + grace
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join(1.0)
+    for process, _, _ in workers:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join(1.0)
 
 
 class EnvPool:
@@ -610,7 +616,7 @@ class EnvPool:
 
     make_env      make_env(n) builds a vector environment of n environments, as CartPole does
     start_method  "fork", "forkserver" or "spawn". By default forkserver, where there is one: a
-                  process that imports torch once, and of which workers are forked. Plain fork
+                  process that imports torch once, and from which workers are forked. Plain fork
                   starts sooner, but copies a process whose threads may be holding locks.
     timeout       seconds that a worker may take for one command
 
@@ -635,7 +641,8 @@ class EnvPool:
             raise ValueError(f"a pool needs 1 or more environments, 0 to N workers; got {got}")
         self.num_envs, self.timeout, self._closed = num_envs, timeout, False
         self._pending: int | None = None  # the command that was posted and not yet collected
-        self._workers: list[_Process] = []
+        self._workers: list[tuple[Any, Any, Any]] = []  # process, go, done
+        self._slice: _Slice | None = None
         self._bounds = [num_envs * w // max(workers, 1) for w in range(max(workers, 1) + 1)]
 
         env = _build(make_env, 1)  # only to ask it
@@ -667,19 +674,20 @@ class EnvPool:
                 ) from None
         if start_method == "forkserver":
             context.set_forkserver_preload(["__main__", "numpy", "torch"])
-        # Zeros. On Linux their file is unlinked at once, so nothing can be left behind.
+        # On Linux a RawArray's file is unlinked as soon as it is open: it cannot be left
+        # behind.
         memory = {name: context.RawArray("b", size) for name, size in sizes.items()}
         self._arrays = _arrays_in(memory, layout)
         shared = self._workers, self._arrays["command"]
-        self._finalizer = weakref.finalize(self, _end, *shared, 1.0)
+        self._finalizer = weakref.finalize(self, _end, *shared, 1.0)  # if nobody calls close()
         try:
             for w, rows in enumerate(zip(self._bounds, self._bounds[1:])):
                 go, done = context.Semaphore(0), context.Semaphore(0)
                 arguments = (w, make_env, rows, memory, layout, go, done)
                 process = context.Process(target=_worker, args=arguments, daemon=True)
                 process.start()
-                self._workers.append(_Process(process, go, done))
-            self._wait("starting")
+                self._workers.append((process, go, done))
+            self._wait("starting", max(self.timeout, 60.0))  # with all that it imports
         except BaseException:
             self.close(0.2)
             raise
@@ -687,7 +695,7 @@ class EnvPool:
     @property
     def pids(self) -> list[int]:
         """The workers' process ids."""
-        return [worker.process.pid for worker in self._workers]
+        return [process.pid for process, _, _ in self._workers]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -741,11 +749,11 @@ class EnvPool:
         if self._closed:
             return
         self._closed = True
-        if self._workers:
+        if self._slice is not None:
+            self._slice.env.close()
+        else:
             self._finalizer.detach()
             _end(self._workers, self._arrays["command"], grace)
-        else:
-            self._slice.env.close()
 
     def __enter__(self) -> "EnvPool":
         return self
@@ -765,36 +773,35 @@ class EnvPool:
             self._arrays[name][...] = value
         self._pending = command
         self._arrays["command"][:] = command
-        for worker in self._workers:
-            worker.go.release()
+        for _, go, _ in self._workers:
+            go.release()
 
     def _collect(self) -> None:
         """Waits for what `_post` began; without workers, this is where it is done."""
         command, self._pending = self._pending, None
         assert command is not None
-        if not self._workers:
+        if self._slice is not None:
             self._slice.run(command)
             return
         try:
-            self._wait(DOING[command])
+            self._wait(DOING[command], self.timeout)
         except BaseException:  # Ctrl-C too: from here on, learner and workers are out of step
             self.close(0.2)
             raise
 
-    def _wait(self, doing: str) -> None:
-        """Waits until every worker is done; WorkerError for the first that never will be."""
-        deadline = time.monotonic() + self.timeout
+    def _wait(self, doing: str, timeout: float) -> None:
+        """Waits until every worker is done; raises WorkerError for one that failed."""
+        deadline = time.monotonic() + timeout
         for w, (process, _, done) in enumerate(self._workers):
             problem = ""
             while not problem:
-                # Whether it is alive is asked before waiting: its last word may be on its way.
-                alive = process.is_alive()
+                alive = process.is_alive()  # before waiting: it may release `done`, then exit
                 if _acquire(done, 0.1):
                     break
                 if not alive:
                     problem = f"died with exit code {process.exitcode} while {doing}"
                 elif time.monotonic() > deadline:
-                    problem = f"was still {doing} after {self.timeout:g} s"
+                    problem = f"was still {doing} after {timeout:g} s"
             error = self._arrays["error"][w]
             if not problem and error[0]:
                 text = error.tobytes().rstrip(b"\0").decode(errors="replace")
@@ -813,15 +820,14 @@ class EnvPool:
 # later rewards discounted, the policy will still collect from here. It is needed only to train,
 # because "better than expected" takes somebody who expects.
 #
-# Two separate bodies, and not one with two heads: the critic's errors are large, and would bend
-# shared layers towards predicting returns while the actor is trying to learn from them. On
-# CartPole a shared body needed about twice the steps.
+# Two separate bodies, and not one with two heads: the critic's errors are large, and would
+# shape shared layers for predicting rewards, at the cost of the actor. On CartPole a shared
+# body needed about twice the steps.
 #
-# Initial weights are orthogonal: such a layer neither stretches nor flattens the space that it
-# maps, so signals and gradients keep their size through it. The gain √2 makes up for what tanh
-# takes away. The last layers differ: 1 for the critic; 0.01 for the actor, so that all actions
-# start out almost equally probable, and it is not chance at birth that decides what is
-# explored.
+# Initial weights are orthogonal, a rotation times a gain: no direction is flattened on the way
+# through a layer, and signals and gradients keep about their size. The gains are PPO's custom:
+# √2 in hidden layers, 1 for the critic's output, and 0.01 for the actor's, so that all actions
+# start out almost equally probable, and chance does not decide early what is explored.
 # ==============================================================================================
 
 
@@ -830,7 +836,7 @@ def mlp(sizes: list[int], gain: float, generator: torch.Generator | None) -> nn.
     gains = [math.sqrt(2)] * (len(sizes) - 2) + [gain]
     layers: list[nn.Module] = []
     for inputs, outputs, its_gain in zip(sizes, sizes[1:], gains):
-        with torch.random.fork_rng(devices=[]):  # nn.Linear draws weights, which we replace
+        with torch.random.fork_rng(devices=[]):  # nn.Linear would disturb the global generator
             linear = nn.Linear(inputs, outputs)
         nn.init.orthogonal_(linear.weight, its_gain, generator=generator)
         nn.init.zeros_(linear.bias)
@@ -859,7 +865,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         for space, kind in ((observation_space, "Box"), (action_space, "Discrete")):
-            if type(space).__name__ != kind:
+            if type(space).__name__ != kind:  # by name: Gymnasium's own will do as well
                 raise ValueError(f"ActorCritic needs a {kind} space here, got {space}")
         inputs = math.prod(observation_space.shape)
         self.actor = mlp([inputs, *hidden, int(action_space.n)], 0.01, generator)
@@ -878,7 +884,7 @@ class ActorCritic(nn.Module):
         Draws them from the policy with `generator` (None: torch's global one), or, if greedy,
         takes the most probable. Nothing is differentiable.
         """
-        logits = self.actor(_flat(obs))  # (N, A)
+        logits = self.actor(_flat(obs))  # (N, A): a softmax makes them probabilities
         action = logits.argmax(-1) if greedy else _sample(logits, generator)
         return action, _logprob_and_entropy(logits, action)[0]
 
@@ -893,8 +899,7 @@ class ActorCritic(nn.Module):
 
     def value(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """V of each observation: (N, *shape) → (N,)."""
-        value: torch.Tensor = self.critic(_flat(obs)).squeeze(-1)
-        return value
+        return torch.squeeze(self.critic(_flat(obs)), -1)
 
 
 def _flat(obs: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -911,8 +916,8 @@ def _sample(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Te
 def _logprob_and_entropy(
     logits: torch.Tensor, action: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π(a|s), and the entropy -Σ π·log π in nats: log A where all actions are equally
-    probable, 0 where one is certain. (N, A), (N,) → (N,), (N,)."""
+    """log π(a|s), and the entropy -Σ π·log π: log A where all actions are equally probable, 0
+    where one is certain. (N, A), (N,) → (N,), (N,)."""
     logprobs = logits.log_softmax(-1)  # (N, A)
     logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
     return logprob, -(logprobs.exp() * logprobs).sum(-1)
@@ -922,44 +927,47 @@ def _logprob_and_entropy(
 # 5. RolloutBuffer
 # Needs: import dataclasses; import numpy as np; import torch; from typing import Any, Iterator
 #
-# T steps of N environments, in memory that is allocated once. One environment's line:
+# T steps of N environments, in memory that is allocated once. One environment's line, with
+# states s0, s1, ... of one game and z0, z1, ... of the next:
 #
-#                 t = 0      1      2      3      4      5 = T
-#     obs         [ s0 ]  [ s1 ]  [ s2 ]  [ z0 ]  [ z1 ]  [ z2 ]   one more than there are steps
+#                 t = 0      1      2      3      4      5 = T, so that the last step has a next
+#     obs         [ s0 ]  [ s1 ]  [ s2 ]  [ z0 ]  [ z1 ]  [ z2 ]
 #     action        a0      a1      a2      b0      b1
 #     reward        r0      r1      r2      q0      q1
-#     ended         ·       ·       ■       ·       ·              a2 was the game's last step
+#     ended         ·       ·       ■       ·       ·
 #
 # Action a2 ended its episode, and earned r2. The environment was reset within that step, so the
 # next observation, z0, begins another game, which has nothing to do with a2. The state s3, to
 # which a2 really led, is in the environment's `final_obs`.
 #
 # Advantages. How much better was an action than what the policy does there on average? The
-# reward that followed tells, but in it is everything else that happened afterwards: right on
-# average, and noisy. The critic's opinion of the next state replaces all of that by one number:
+# rewards that followed tell, but they also depend on everything else that happened later: right
+# on average, and noisy. The critic's opinion of the next state can stand in for all of them:
 # quiet, but wrong while the critic is still learning. Generalized Advantage Estimation mixes
-# them. λ = 0 looks one step ahead and then trusts the critic, λ = 1 adds up all rewards to the
-# end; in between, each step weighs less than the one before. Raise λ if the critic is bad or
-# rewards come late, lower it if advantages are noisy.
+# the two. With s′_t for the state that step t led to:
 #
 #     δ_t = r_t + γ·(1 - terminated_t)·V(s′_t) - V(s_t)
 #     Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}
 #
 # δ in words: the reward, plus what the critic expects from where the step led, minus what it
-# expected before: the step's surprise. Â adds up the surprises from here on, fading by γ·λ per
-# step. γ is there because a sum of rewards that never ends need not be finite, and because the
-# later something happens, the less it says about this action.
+# had expected before: the step's surprise. Â adds up the surprises from here on, fading by γ·λ
+# per step. With λ = 0 it is one surprise, and trusts the critic for all that follows. With λ =
+# 1, each V(s′) cancels against the next step's V(s), and what remains is discounted rewards, as
+# far as they were seen, minus V(s_t). Values between weigh the two. Raise λ if the critic is
+# bad or rewards come late, lower it if advantages are noisy. γ, for its part, keeps sums over
+# endless games finite, and what happens much later says less and less about this action.
 #
-# V(s′) stands in for rewards that were not seen: this is called bootstrapping, and here the two
-# endings differ. After *terminated* there is no more reward, and V(s′) counts as 0. After
-# *truncated* there would have been, and V(s′) counts, where s′ is the state really reached, s3,
-# and not z0. Either way the sum stops, because the next δ is of another game. Mistake a time
-# limit for a fall, and the critic learns that 500 steps of balance end in disaster, with
-# nothing in the observation to tell when: the better the policy, the more wrong the critic.
+# Putting V(s′) in the place of rewards that were not seen is called bootstrapping, and there
+# are three ways in which they can be missing. After *terminated* there are none, and V(s′)
+# counts as 0. After *truncated* there would have been some, and V(s′) counts, where s′ is the
+# state really reached, s3, and not z0. At the end of the rollout the game simply goes on, and
+# V(z2) counts. In all three the sum of surprises stops. Mistake a time limit for a fall, and
+# the critic learns that 500 steps of balance end in disaster, with nothing in the observation
+# to tell when: the better the policy, the more wrong the critic.
 #
-# Returns. Â + V is called the λ-return: what the critic should have said, on this evidence, and
-# therefore its target. It is not an episode's return, the plain sum of its rewards, which is
-# what the log reports.
+# Returns. Â + V, what was expected plus how much better it went, is the critic's target. It is
+# called the λ-return, or just "returns"; it is discounted, partly bootstrapped, and not what
+# the log calls a return, the plain sum of an episode's rewards.
 # ==============================================================================================
 
 
@@ -977,12 +985,13 @@ def gae(
     rewards       (T, N)      r_t
     values        (T + 1, N)  V of the observation before each step, and of that after the last
     terminated    (T, N)      bool: the step ended the game
-    truncated     (T, N)      bool: the step was the last one played; it may be both
+    truncated     (T, N)      bool: the game was cut off after the step; both may be true
     final_values  (T, N)      V of the state really reached, read only where truncated
     gamma, lam                γ and λ
 
     arXiv:1506.02438, equations 11 and 16; with T + 1 values the last step is no special case.
-    Here three steps of one environment, γ = λ = ½, the last one a termination; δ = (0, 0, -1):
+    Here three steps of one environment, γ = λ = ½, the last one a termination, so that the 9.0
+    is not read; δ = (0, 0, -1):
 
     >>> column = lambda *numbers: np.array(numbers).reshape(-1, 1)
     >>> rewards, values = column(1.0, 1.0, 1.0), column(2.0, 2.0, 2.0, 9.0)
@@ -993,8 +1002,7 @@ def gae(
     """
     # V(s′_t): 0 where terminated, that of the state reached where truncated, else the next
     # row's
-    next_values = np.where(truncated, final_values, values[1:])  # (T, N)
-    next_values = np.where(terminated, 0.0, next_values)
+    next_values = np.where(terminated, 0.0, np.where(truncated, final_values, values[1:]))
     # δ_t = r_t + γ·(1 - terminated_t)·V(s′_t) - V(s_t)
     advantages = rewards + gamma * next_values - values[:-1]
     # Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}, from the end to the start
@@ -1006,7 +1014,7 @@ def gae(
 
 @dataclasses.dataclass
 class Batch:
-    """Transitions in no order, as an update sees them; the first axis is B or M."""
+    """Transitions as an update sees them, in no order that matters; B or M of them."""
 
     obs: torch.Tensor  # (B, *obs shape)
     action: torch.Tensor  # (B, *action shape)
@@ -1014,7 +1022,7 @@ class Batch:
     advantage: torch.Tensor  # (B,) Â
     returns: torch.Tensor  # (B,) Â + V, the critic's targets
 
-    def __getitem__(self, index: torch.Tensor | slice) -> "Batch":
+    def __getitem__(self, index: torch.Tensor) -> "Batch":
         return Batch(*(tensor[index] for tensor in vars(self).values()))
 
     def minibatches(
@@ -1023,9 +1031,8 @@ class Batch:
         """Passes over the batch, each in a new order, in pieces of `size`. What the division
         leaves over is not dropped: the last piece of a pass may be smaller."""
         for _ in range(epochs):
-            shuffled = self[torch.randperm(len(self.obs), generator=generator)]
-            for start in range(0, len(self.obs), size):
-                yield shuffled[start : start + size]
+            order = torch.randperm(len(self.obs), generator=generator)
+            yield from (self[index] for index in torch.split(order, size))
 
 
 class RolloutBuffer:
@@ -1069,32 +1076,40 @@ class RolloutBuffer:
 # 6. PPO
 # Needs: import torch; from torch import nn; from torch.optim.adam import adam; parts 1, 4, 5
 #
-# The policy gradient in one sentence: push the log-probability of each action in proportion to
-# its advantage. Done once on fresh data that is sound; but data is costly, and one small step
-# is poor use of it. PPO takes many steps on the same data, and for that it needs two things.
+# The policy gradient in one sentence: change the weights so that the log-probability of each
+# action taken rises in proportion to its advantage. (The logarithm, because an action that is
+# probable already is also taken more often.) That is true of the policy that took the actions,
+# so for one small step. But data is costly, and PPO wants many steps from the same data. For
+# that it needs two things.
 #
-# A *ratio*. After the first step the policy is not the one that played any more. So each action
-# is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Where the two
-# policies are equal, the gradient of ratio·Â is the policy gradient; elsewhere, the ratio makes
-# the average over old actions stand for that over the new policy's.
+# A *ratio*. After the first step, the policy is not the one that played any more. So each
+# action is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
+# the mean of ratio·Â over actions that the old policy took estimates what Â the new policy
+# would collect in the same states; and where the two are equal, its gradient is the policy
+# gradient.
 #
 # A *clip*. Nothing so far keeps the optimiser from making one lucky action a hundred times more
-# probable. So the ratio counts only within 1 ± ε: beyond, it is held constant, and a constant
-# has no gradient. An action that has gained (or lost) its 20 % is left alone until fresh data
-# speaks. And of the clipped and the unclipped term the *smaller* is taken, because in one case
-# the gradient must survive outside the band: when a good action has become less probable, or a
-# bad one more (the steps for other actions can do that). There the unclipped term is the
-# smaller, and pulls back.
+# probable, and the estimate is worth nothing so far from the data. So the ratio is held
+# constant outside 1 ± ε, and a constant has no gradient: once an action has gained (or lost) a
+# fifth of its probability, there is nothing more to win from it until fresh data speaks. But
+# steps taken for the sake of other actions can also carry a ratio out on the wrong side, and
+# there the pull back must remain. The *smaller* of the unclipped and the clipped term does all
+# of this:
+#
+#                     ratio < 1-ε           within the band       ratio > 1+ε
+#         Â > 0       ratio·Â: pull back    ratio·Â: push up      (1+ε)·Â: enough, no gradient
+#         Â < 0       (1-ε)·Â: enough       ratio·Â: push down    ratio·Â: pull back
 #
 #     objective =  mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
 #                 + ent_coef · mean( entropy ) - vf_coef · mean( (V - returns)² )
 #
-# Entropy measures how undecided the policy is. A little reward for that, where it is needed,
-# keeps an early favourite from shutting out actions that were never properly tried.
+# Entropy measures how undecided the policy is. Where a first favourite would shut out actions
+# that were never properly tried, a little reward for entropy helps; CartPole needs none.
 #
 # The objective is to rise, and optimisers descend, so the sign is turned once, at the end. Only
 # logprob, entropy and V are differentiated; everything in the batch is constant. On the first
-# minibatch of an update the two policies are the same: the ratio is 1, and the KL estimate 0.
+# minibatch of an update the two policies are the same: up to rounding, the ratio is 1 and the
+# KL estimate 0.
 # ==============================================================================================
 
 
@@ -1106,9 +1121,9 @@ def ppo_loss(
     logprob, entropy, value = policy.evaluate(batch.obs, batch.action)  # (M,) each
     shapes = {tuple(x.shape) for x in (logprob, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
-    # Advantages are scaled to mean 0 and deviation 1, so that the learning rate need not know
-    # how large rewards are; in each minibatch, as Stable-Baselines3 does, and with its 1e-8. A
-    # single advantage has no deviation, and stays as it is.
+    # Advantages are shifted and scaled to mean 0 and deviation 1 in each minibatch, so that the
+    # learning rate need not know how large rewards are. What counts is then how an action did
+    # beside the others of its minibatch. A single one has no deviation, and stays as it is.
     advantage = batch.advantage
     if len(advantage) > 1:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -1118,13 +1133,14 @@ def ppo_loss(
     # min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â )
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
-    # Some clip the value's change too. That ties the critic's pace to the scale of rewards, and
-    # where it was compared, it did not help (arXiv:2006.05990): it is left out here.
+    # PPO's first implementation clips the change of V as well. That ties the critic's pace to
+    # the scale of rewards, and was found not to help (arXiv:2006.05990), so it is left out.
     value_loss = (value - batch.returns).square().mean()
     bonus = entropy.mean()
     objective = surrogate + config.ent_coef * bonus - config.vf_coef * value_loss
-    # KL(π_old ‖ π), how far the policy has moved, estimated from the actions that were taken:
-    # mean(ratio - 1 - log ratio), "k3" in Schulman, "Approximating KL divergence", 2020.
+    # KL(π_old ‖ π), the Kullback-Leibler divergence: how far the policy has moved. Estimated as
+    # mean(ratio - 1 - log ratio), no term of which is negative ("k3" in Schulman, 2020,
+    # "Approximating KL divergence").
     kl = (ratio - 1 - log_ratio).mean()
     clip_fraction = ((ratio - 1).abs() > config.clip).float().mean()
     stats = {"policy_loss": -surrogate, "value_loss": value_loss, "entropy": bonus}
@@ -1135,10 +1151,10 @@ def ppo_loss(
 class Adam:
     """Adam (arXiv:1412.6980) over a policy whose parameters become slices of one vector.
 
-    Weights, gradient and Adam's two running means are one vector of P numbers each. Clipping,
-    stepping, saving and comparing are then one operation each, however many layers there are.
-    ε is 1e-5, PPO's custom, and not Adam's 1e-8: where the gradient has almost vanished,
-    dividing by its size would turn noise into full-sized steps.
+    Weights, gradient and Adam's two running means are one vector each, of P numbers, however
+    many layers there are, so clipping, stepping and saving are one operation each; `backward`
+    adds every parameter's gradient into its slice. Adam's eps is 1e-5, PPO's custom, and not
+    1e-8: where gradients have almost vanished, noise must not be scaled up to full-sized steps.
 
     The arithmetic is torch's. `torch.optim.Adam` does the same, but building one imports
     torch's compiler, which takes about as long as learning CartPole.
@@ -1175,13 +1191,15 @@ def ppo_update(
     learning_rate: float,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Improves the policy on one rollout, which `generator` shuffles. Returns the number of
-    gradient steps, and means over them: what `ppo_loss` reports, and the gradient's norm."""
+    """Improves the policy on one rollout, in an order drawn from `generator`. Returns the
+    number of gradient steps, and means over them: `ppo_loss`'s stats and the gradient norm."""
     history: list[dict[str, torch.Tensor]] = []
     for minibatch in batch.minibatches(config.minibatch_size, config.epochs, generator):
         loss, stats = ppo_loss(policy, minibatch, config)
+        # At the first minibatch the KL is nothing but rounding. Later, the break ends this
+        # epoch and all that would follow.
         if history and config.target_kl is not None and stats["approx_kl"] > config.target_kl:
-            break  # out of this pass and all that would follow
+            break
         loss.backward()  # type: ignore[no-untyped-call]
         stats["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
         history.append(stats)
@@ -1197,49 +1215,51 @@ def ppo_update(
 # repeatable, and hard to lose.
 #
 # Randomness. Every draw comes from a generator made for its purpose, and every generator's seed
-# from config.seed and that purpose. No global generator is touched: what this file is imported
-# into is not disturbed by it, nor training by evaluation, and no two runs or purposes share a
-# seed. The same config gives the same weights, bit for bit, on the same machine, package
-# versions and number of threads, with any number of workers, and also if the run was killed and
-# resumed on the way. For that, a checkpoint holds all that the future depends on: weights,
-# Adam's means, environments, the observations to act on next, and each generator's position.
+# from config.seed and that purpose. No global generator is touched, so a program that imports
+# this file is not disturbed, and evaluation does not disturb training; and different runs, and
+# different purposes, have different seeds. The same config gives the same weights, bit for bit,
+# on the same machine, package versions and number of threads, with any number of workers, and
+# also if the run was killed and resumed on the way. For that, a checkpoint holds all that the
+# future depends on: weights, Adam's means, environments, the observations to act on next, and
+# each generator's position.
 #
-# The state at the end of every update is kept in memory, which costs little, and goes to disk
-# every few updates and when anything ends the run early: Ctrl-C loses less than one update.
-#
-# The columns of log.csv, a row per update, and what is healthy:
-#
-#     update, steps        updates done, and the environment steps played for them
-#     episodes             finished since the start
-#     mean_return          of the last 100 finished episodes; should rise
-#     mean_length          of the same, in steps
-#     policy_loss          minus the objective's first term; hovers near 0, and says little
-#     value_loss           the critic's mean squared error; falls once returns have settled
-#     entropy              log A at first, then falling; near 0 early on: exploration is over
-#     approx_kl            how far the update moved the policy; 0.001 to 0.03
-#     clip_fraction        the share of actions outside 1 ± ε; 0.05 to 0.3
-#     grad_norm            the gradient's length before it was scaled down
-#     gradient_steps       less than all minibatches of all epochs only if target_kl intervened
-#     explained_variance   1: the critic foretells returns, 0: no better than a constant would
-#     learning_rate        of this update
-#     seconds              since training began; steps_per_second: of this update
-#
-# Losses, entropy, KL, clip fraction and gradient norm are means over the update's minibatches.
-# CartPole-v0 counts as solved at a mean return of 195, CartPole-v1 at 475.
+# The state at the end of every update is kept in memory, which costs little. It goes to disk
+# every few updates, and when anything but a kill ends the run early: Ctrl-C loses less than one
+# update, SIGKILL and power cuts less than checkpoint_every.
 # ==============================================================================================
 
+# The columns of log.csv, which has a row per update, and what is healthy. Losses, entropy, KL,
+# clip fraction and gradient norm are means over the update's minibatches.
+COLUMNS = {
+    "update": "updates done",
+    "steps": "environment steps played for them",
+    "episodes": "episodes finished",
+    "mean_return": "of the last 100 finished episodes: the plain sum of rewards; should rise",
+    "mean_length": "of the same episodes, in steps",
+    "policy_loss": "minus the clipped term of the objective; near 0, as advantages have mean 0",
+    "value_loss": "the critic's mean squared error; falls when returns have settled",
+    "entropy": "log A at first, then falling; near 0 early on: nothing is explored any more",
+    "approx_kl": "distance from the policy that played; 0.001 to 0.03",
+    "clip_fraction": "share of actions outside 1 ± ε; 0.05 to 0.3",
+    "grad_norm": "length of the gradient before it was scaled down",
+    "gradient_steps": "fewer than epochs x minibatches only if target_kl ended the update",
+    "explained_variance": "1: the critic predicts returns; 0: no better than a constant",
+    "learning_rate": "of this update",
+    "seconds": "since training began",
+    "steps_per_second": "of this update",
+}
 PURPOSES = ["weights", "environments", "actions", "minibatches", "evaluation"]
+# Mean returns at which an environment counts as solved. CartPole-v0 was cut off at 200 steps.
 BARS = {"CartPole": {195: "CartPole-v0", 475: "CartPole-v1"}}
-COLUMNS = """update steps episodes mean_return mean_length policy_loss value_loss entropy
-approx_kl clip_fraction grad_norm gradient_steps explained_variance learning_rate seconds
-steps_per_second""".split()  # noqa: SIM905
 CHECKPOINT_FORMAT = 1
-MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # when resuming: weights do not
+MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # in a resumed run's config
 EVALUATION_LIMIT = 1_000_000  # steps
+PLAIN = ["update", "episodes", "recent", "rows"]  # what Learner keeps in plain Python
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A seed of 62 bits for one of PURPOSES, unlike that of any other purpose or run."""
+    """A seed for one of PURPOSES, unlike those of other purposes and other runs. It has 62
+    bits, so that seed + N still fits into an int64."""
     sequence = np.random.SeedSequence(seed, spawn_key=(PURPOSES.index(purpose),))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 2
 
@@ -1301,9 +1321,9 @@ class Learner:
         self.optimizer = Adam(self.policy)
         self.buffer = RolloutBuffer(config.num_steps, config.num_envs, *spaces)
         self.generators = {name: generator(name) for name in ("actions", "minibatches")}
-        self.update = self.episodes = 0  # done, finished
-        self.rows: list[dict[str, float]] = []
-        self.recent: list[list[float]] = []  # [return, length] of the last 100 finished
+        self.update = self.episodes = 0  # updates done, episodes finished
+        self.recent: list[list[float]] = []  # [return, length] of the last 100 of these
+        self.rows: list[dict[str, float]] = []  # of the log
         self.running = np.zeros((2, config.num_envs))  # each episode's return and length so far
         adam = self.optimizer
         self.tensors = {
@@ -1312,7 +1332,7 @@ class Learner:
             "adam_square": adam.square,
             "adam_steps": adam.steps,
             "obs": self.buffer.obs[-1],
-            "running": torch.from_numpy(self.running),
+            "running": torch.from_numpy(self.running),  # the same memory
         }
 
     @torch.no_grad()
@@ -1325,7 +1345,7 @@ class Learner:
             *result, info = self.envs.step(action.numpy())
             buffer.add(t, action, logprob, *result)
             _, reward, terminated, truncated = result
-            if truncated.any():
+            if truncated.any():  # the one value that is needed at once: final_obs will be gone
                 cut = truncated.nonzero()[0]
                 buffer.final_value[t, cut] = policy.value(info["final_obs"][cut])
             self.running[0] += reward
@@ -1336,11 +1356,11 @@ class Learner:
             self.episodes += len(ended)
 
     def statistics(self, batch: Batch) -> dict[str, float]:
-        """What the log says of the games so far, and of the critic that went into `batch`."""
+        """What the log says of the games so far, and of the values that led to `batch`."""
         recent = np.array(self.recent or [[math.nan, math.nan]])
         mean_return, mean_length = recent.mean(0).tolist()
-        error = batch.returns - self.buffer.value[:-1].flatten()
-        unexplained = error.var(correction=0) / batch.returns.var(correction=0)
+        # returns - V is Â, so the share of the returns' variance that V did not explain is:
+        unexplained = batch.advantage.var(correction=0) / batch.returns.var(correction=0)
         return {
             "update": self.update,
             "steps": self.update * len(batch.obs),
@@ -1351,16 +1371,13 @@ class Learner:
         }
 
     def state(self) -> dict[str, Any]:
-        """Copies of everything, in tensors, numbers, strings, lists, tuples and dicts."""
+        """All of it, in tensors, numbers, strings, lists and dicts that will not change."""
         return {
             "format": CHECKPOINT_FORMAT,
             "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()},
             "generators": {name: g.get_state() for name, g in self.generators.items()},
             "envs": {k: torch.from_numpy(array) for k, array in self.envs.state().items()},
-            "update": self.update,
-            "episodes": self.episodes,
-            "recent": self.recent,
-            "rows": list(self.rows),
+            **{name: getattr(self, name) for name in PLAIN},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -1370,23 +1387,22 @@ class Learner:
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
         self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
-        self.update, self.episodes = state["update"], state["episodes"]
-        self.recent = state["recent"]
-        self.rows.extend(state["rows"])
+        for name in PLAIN:
+            setattr(self, name, state[name])
 
 
 def new_run(config: Config) -> pathlib.Path:
     """Makes the folder runs/<env>-<seed>, or that with -2, -3, ... where it exists."""
     pathlib.Path("runs").mkdir(exist_ok=True)
-    name, count = f"{config.env}-{config.seed}", 1
-    run = pathlib.Path("runs", name)
+    run = first = pathlib.Path("runs", f"{config.env}-{config.seed}")
+    count = 1
     while True:
         try:
             run.mkdir()  # fails where it exists, so two runs never share a folder
             break
         except FileExistsError:
             count += 1
-            run = run.with_name(f"{name}-{count}")
+            run = first.with_name(f"{first.name}-{count}")
     text = json.dumps(dataclasses.asdict(config), indent=2)
     (run / "config.json").write_text(text + "\n", encoding="utf-8")
     return run
@@ -1419,8 +1435,8 @@ def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
 
 
 def load_resumable(run: str | pathlib.Path, config: Config) -> dict[str, Any]:
-    """The state in a run's checkpoint. Raises ValueError if training it on with `config` would
-    not end in the weights that the run would have had."""
+    """The state in a run's checkpoint. Raises ValueError if the run, continued with `config`,
+    would end in other weights than it would have had."""
     saved, state = load_checkpoint(run)
     for name, now in dataclasses.asdict(config).items():
         then, free = getattr(saved, name), ", ".join(MAY_DIFFER)
@@ -1448,9 +1464,10 @@ def weights_hash(policy: ActorCritic) -> str:
 class Report:
     """Tells of a run as it happens: rows of log.csv, a progress line, bars that were passed."""
 
-    def __init__(self, run: pathlib.Path, config: Config, rows: list[dict[str, float]]) -> None:
-        self.config, self.rows, self.terminal = config, rows, sys.stdout.isatty()
+    def __init__(self, run: pathlib.Path, config: Config, learner: Learner) -> None:
+        self.config, self.learner, self.terminal = config, learner, sys.stdout.isatty()
         self.began = self.printed = time.perf_counter()
+        rows = learner.rows
         self.done_before, self.seconds_before = len(rows), rows[-1]["seconds"] if rows else 0.0
         # A killed run may have logged more than it had saved: the log begins again from `rows`.
         self.file = open(run / "log.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
@@ -1465,25 +1482,25 @@ class Report:
         print(f"\r{text:<79}" if self.terminal else text, flush=True)
 
     def add_last_row(self) -> None:
-        """Logs the last of the rows, and shows progress: in a terminal one line that changes,
-        elsewhere a line every five seconds."""
-        row = self.rows[-1]
+        """Logs the last update, and shows progress: in a terminal one line that changes, else
+        a line every five seconds."""
+        *earlier, row = self.learner.rows
         self.log.writerow(row)
         self.file.flush()
-        done, updates, now = len(self.rows), self.config.num_updates, time.perf_counter()
-        left = (now - self.began) / (done - self.done_before) * (updates - done)
+        done, updates, now = len(earlier) + 1, self.config.num_updates, time.perf_counter()
+        seconds_left = (now - self.began) / (done - self.done_before) * (updates - done)
         text = (
             f"{row['steps']:>11,} steps {done / updates:5.0%}   return {row['mean_return']:.1f}"
-            f"   {row['steps_per_second']:,.0f} steps/s   {left:.0f} s left"
+            f"   {row['steps_per_second']:,.0f} steps/s   {seconds_left:.0f} s left"
         )
         if self.terminal:
             print(f"\r{text:<79}", end="", flush=True)
         elif done in (self.done_before + 1, updates) or now - self.printed >= 5:
             print(text, flush=True)
             self.printed = now
+        highest = max((r["mean_return"] for r in earlier if r["episodes"] >= 100), default=0.0)
         for bar, name in BARS.get(self.config.env, {}).items():
-            passed = (r["episodes"] >= 100 and r["mean_return"] >= bar for r in self.rows)
-            if next((i for i, p in enumerate(passed) if p), None) == done - 1:
+            if highest < bar <= row["mean_return"] and row["episodes"] >= 100:
                 at = f"{row['steps']:,} steps, {row['seconds']:.1f} s"
                 self.say(f"passed {bar}, the bar of {name}: mean return of 100 episodes, {at}")
 
@@ -1519,7 +1536,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
         else:
             learner.restore(state)
         run = new_run(config) if resume is None else pathlib.Path(resume)
-        report = Report(run, config, learner.rows)
+        report = Report(run, config, learner)
         try:
             save_checkpoint(run, config, state)
             for update in range(learner.update, config.num_updates):
@@ -1530,24 +1547,22 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
                         -1, envs.num_envs
                     )
                 batch = buffer.batch(config.gamma, config.gae_lambda)  # 3. Advantage.
-                # Full at the first update, and never quite zero: the last one is to count too.
+                # The rate is full at the first update, and not yet zero at the last.
                 left = 1 - update / config.num_updates if config.anneal else 1.0
-                rate, generator = config.learning_rate * left, learner.generators["minibatches"]
-                stats = ppo_update(  # 4. Improve.
-                    policy, learner.optimizer, batch, config, rate, generator
-                )
+                rate, shuffler = config.learning_rate * left, learner.generators["minibatches"]
+                row = ppo_update(policy, learner.optimizer, batch, config, rate, shuffler)  # 4.
                 learner.update += 1
                 now = time.perf_counter()
-                stats |= learner.statistics(batch) | {"learning_rate": rate}
-                stats["seconds"] = report.seconds_before + now - report.began
-                stats["steps_per_second"] = config.batch_size / (now - began)
-                learner.rows.append(stats)
-                state = learner.state()  # from here on, the update is not lost
+                row |= learner.statistics(batch) | {"learning_rate": rate}
+                row["seconds"] = report.seconds_before + now - report.began
+                row["steps_per_second"] = config.batch_size / (now - began)
+                learner.rows = [*learner.rows, row]
+                state = learner.state()  # from here on, this update cannot be lost
                 report.add_last_row()  # 5. Report.
                 if learner.update % config.checkpoint_every == 0:
                     save_checkpoint(run, config, state)
             save_checkpoint(run, config, state)
-            evaluation = evaluate(policy, config)  # 6. Repeat; at the end, evaluate.
+            evaluation = evaluate(policy, config)  # 6. Repeat, done; evaluate.
         except BaseException:
             save_checkpoint(run, config, state)
             at = f"stopped after update {state['update']} of {config.num_updates}"
@@ -1568,9 +1583,9 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
 # when all is done, 2 for a wrong flag, 1 for any other failure, 130 after Ctrl-C, 143 after
 # SIGTERM.
 #
-# The guard in the last lines is no ornament. A worker that is not forked from this process
-# begins by importing the file that the user ran, and without the guard it would begin a
-# training of its own, with workers of its own. Your own scripts need it for the same reason.
+# The last lines are guarded by `if __name__ == "__main__"`, and must be. A worker that is not
+# forked from this process begins by importing the file that the user ran; without the guard it
+# would begin a training of its own, with workers of its own. Your scripts need the guard too.
 # ==============================================================================================
 
 
