@@ -239,7 +239,7 @@ def train_sb3(knobs: dict[str, Any], steps: int) -> float:
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
-    with thrust.torch_threads(1):
+    with thrust.torch_ready(thrust.Config()):
         model = PPO(
             "MlpPolicy",
             make_vec_env("CartPole-v1", knobs["num_envs"]),

@@ -22,6 +22,7 @@ import multiprocessing as mp
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -744,7 +745,8 @@ def test_logprob_and_entropy_are_those_of_torch_distributions():
 
 def test_actions_are_drawn_with_the_policys_probabilities():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0])
-    drawn = thrust._sample(logits.expand(200_000, 4), torch.Generator().manual_seed(0))
+    policy, generator = make_policy(space=thrust.Discrete(4)), torch.Generator().manual_seed(0)
+    drawn = policy._choose(logits.expand(200_000, 4), False, generator)[:, 0]
     frequency = torch.bincount(drawn, minlength=4) / len(drawn)
     expected = logits.softmax(0)
     deviation = (expected * (1 - expected) / len(drawn)).sqrt()
@@ -758,6 +760,58 @@ def test_numpy_and_tensor_observations_are_alike_and_of_any_shape():
     assert torch.equal(policy.value(obs), policy.value(torch.tensor(obs).reshape(5, 6)))
 
 
+class MultiDiscrete:
+    """With the attributes of Gymnasium's."""
+
+    def __init__(self, nvec):
+        self.nvec, self.shape, self.dtype = np.array(nvec), np.shape(nvec), np.dtype(np.int64)
+
+
+def test_several_choices_are_independent_categoricals():
+    policy, obs = make_policy(space=MultiDiscrete([3, 2, 4])), torch.randn(100, 4) * 3
+    with torch.no_grad():
+        policy.actor[-1].weight *= 300
+    action, logprob = policy.act(obs, generator=torch.Generator().manual_seed(1))
+    assert action.shape == (100, 3) and action.dtype == torch.int64
+    assert action.amax(0).tolist() == [2, 1, 3] and action.amin(0).tolist() == [0, 0, 0]
+    outputs = policy.actor(obs).split([3, 2, 4], -1)
+    parts = [torch.distributions.Categorical(logits=logits) for logits in outputs]
+    expected = sum(part.log_prob(a) for part, a in zip(parts, action.T))
+    torch.testing.assert_close(logprob, expected)
+    torch.testing.assert_close(policy.evaluate(obs, action)[1], sum(p.entropy() for p in parts))
+    greedy = torch.stack([part.probs.argmax(-1) for part in parts], -1)
+    assert torch.equal(policy.act(obs, greedy=True)[0], greedy)
+
+
+def test_real_actions_are_normal_stored_raw_and_clipped_only_for_the_environment():
+    space = thrust.Box(np.full((2, 1), -0.5, np.float32), np.ones((2, 1), np.float32), (2, 1))
+    policy, obs = make_policy(space=space), torch.randn(5000, 4)
+    assert policy.log_std.tolist() == [0, 0]  # a parameter, whatever the observation
+    action, logprob = policy.act(obs, generator=torch.Generator().manual_seed(1))
+    assert action.shape == (5000, 2, 1) and action.abs().max() > 2
+    normal = torch.distributions.Normal(policy.actor(obs), 1.0)
+    torch.testing.assert_close(logprob, normal.log_prob(action[..., 0]).sum(-1))
+    again, entropy, _ = policy.evaluate(obs, action)
+    torch.testing.assert_close(again, logprob)
+    torch.testing.assert_close(entropy, torch.full((5000,), math.log(2 * math.pi * math.e)))
+    assert torch.equal(policy.act(obs, greedy=True)[0][..., 0], policy.actor(obs))
+    sent = policy.to_env(action)
+    assert same(sent, np.clip(action.numpy(), -0.5, 1)) and sent.dtype == np.float32
+    entropy.sum().backward()
+    assert policy.log_std.grad.tolist() == [5000, 5000]
+
+
+def test_discrete_observations_are_one_hot_and_starts_are_honoured():
+    space = thrust.Discrete(3, start=-1)
+    policy = thrust.ActorCritic(space, thrust.Discrete(2, start=5), (), torch.Generator())
+    with torch.no_grad():
+        policy.critic[0].weight[:] = torch.tensor([10.0, 20.0, 30.0])
+    assert policy.value(np.array([-1, 1, 0, 1])).tolist() == [10, 30, 20, 30]
+    action, _ = policy.act(np.array([0, 1]), greedy=True)
+    assert set(action.tolist()) <= {0, 1}
+    assert same(policy.to_env(action), action.numpy() + 5)
+
+
 def test_unknown_spaces_are_refused_by_name():
     class MultiBinary:
         n, shape = 4, (4,)
@@ -765,9 +819,14 @@ def test_unknown_spaces_are_refused_by_name():
         def __repr__(self):
             return "MultiBinary(4)"
 
-    for spaces in ((BOX, MultiBinary()), (MultiBinary(), TWO)):
-        with pytest.raises(ValueError, match=r"MultiBinary\(4\)"):
-            thrust.ActorCritic(*spaces)
+    class Dict(MultiBinary):
+        def __repr__(self):
+            return "Dict('a': Discrete(2))"
+
+    for unknown, name in ((MultiBinary(), r"MultiBinary\(4\)"), (Dict(), "Dict")):
+        for spaces in ((BOX, unknown), (unknown, TWO)):
+            with pytest.raises(ValueError, match=f"cannot be {name}"):
+                thrust.ActorCritic(*spaces)
 
 
 # ==============================================================================================
@@ -1070,22 +1129,19 @@ def test_a_contextual_bandit_is_solved_completely():
 # ==============================================================================================
 
 
-def test_seeds_of_runs_and_purposes_never_meet():
+def test_seeds_of_runs_purposes_ranks_and_updates_never_meet():
     widths = {"environments": 4096, "evaluation": 1000}
     ranges = sorted(
-        (start := thrust.derive_seed(seed, purpose), start + widths.get(purpose, 1))
-        for seed in range(2000)
+        (start := thrust.derive_seed(seed, purpose, *more), start + widths.get(purpose, 1))
+        for seed in range(500)
         for purpose in thrust.PURPOSES
+        for more in ([], [0, 0], [1, 0], [0, 1], [1, 1])  # ranks and updates
     )
     assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:]))
     assert ranges[-1][1] < 2**63
 
 
 def test_a_truncated_step_is_valued_by_the_state_that_it_reached():
-    class Short(thrust.CartPole):
-        def __init__(self, num_envs):
-            super().__init__(num_envs, max_episode_steps=3)
-
     config = thrust.Config(num_envs=2, num_steps=5, minibatch_size=10)
     with thrust.EnvPool(Short, 2, 0) as envs:
         learner = thrust.Learner(config, envs)
@@ -1102,7 +1158,7 @@ def test_a_truncated_step_is_valued_by_the_state_that_it_reached():
             torch.testing.assert_close(buffer.final_value[t], expected)
             assert not torch.allclose(expected, learner.policy.value(buffer.obs[3]))
     assert learner.episodes == 2 and learner.recent == [[3.0, 3.0], [3.0, 3.0]]
-    assert learner.running.tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert learner.running[:2].tolist() == [[2.0, 2.0], [2.0, 2.0]]
 
 
 @pytest.fixture(scope="module")
@@ -1130,8 +1186,8 @@ def test_the_same_config_gives_the_same_weights_and_log_for_any_workers(undistur
 
 
 def flags_of(config):
-    skip = ("hidden", "anneal", "target_kl")
-    knobs = {k: v for k, v in dataclasses.asdict(config).items() if k not in skip}
+    plain = (int, float, str)
+    knobs = {k: v for k, v in dataclasses.asdict(config).items() if type(v) in plain}
     return [f"--{name.replace('_', '-')}={value}" for name, value in knobs.items()]
 
 
@@ -1173,7 +1229,7 @@ def test_the_log_has_every_column_for_every_update(undisturbed):
 
 def test_a_checkpoint_is_data_and_its_policy_is_the_one_that_was_trained(undisturbed):
     _, result = undisturbed
-    state = torch.load(result.run / "checkpoint.pt", weights_only=True)
+    state = torch.load(result.run / "checkpoint.pt", weights_only=True)["ranks"][0]
     assert state["update"] == len(state["rows"]) == len(result.rows)
     policy, obs = thrust.load(result.run), np.random.default_rng(0).normal(size=(50, 4))
     assert thrust.weights_hash(policy) == thrust.weights_hash(result.policy)
@@ -1269,6 +1325,319 @@ def test_an_error_in_training_saves_the_last_update_and_says_how_to_go_on(in_tmp
     assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(whole.policy)
 
 
+# --- other environments
+
+
+def trained(*flags):
+    """Trains from flags, as the command line would, for three small updates."""
+    sizes = "--num-envs 4 --num-steps 32 --minibatch-size 64 --total-steps 384 --eval-episodes 2"
+    assert thrust.main([*sizes.split(), *flags]) == 0
+
+
+@pytest.mark.parametrize(
+    "env", ["Acrobot-v1", "Pendulum-v1", "FrozenLake-v1", "test_thrust:TwoChoices"]
+)
+def test_every_kind_of_space_trains_with_the_same_bits_for_any_workers(env, in_tmp, capsys):
+    # Discrete actions; Box; Discrete observations; MultiDiscrete actions
+    if ":" not in env:
+        oracle("gymnasium")
+    last_lines = set()
+    for workers in ("0", "2"):
+        trained("--env", env, "--workers", workers)
+        last_lines.add(tuple(capsys.readouterr().out.splitlines()[-2:]))
+    assert len(last_lines) == 1
+    run = f"runs/{env.replace(':', '-')}-0"
+    assert thrust.main(["--evaluate", run]) == 0
+    assert tuple(capsys.readouterr().out.splitlines()) in last_lines
+
+
+class TwoChoices(thrust.CartPole):
+    """A CartPole with two buttons: it is pushed to the right if both or neither are pressed."""
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs)
+        self.single_action_space = MultiDiscrete([2, 2])
+
+    def step(self, actions):
+        return super().step((actions[:, 0] == actions[:, 1]).astype(np.int64))
+
+
+def test_normalisation_is_the_same_for_any_workers_and_frozen_in_evaluation(in_tmp, capsys):
+    outputs = set()
+    for workers in ("0", "1", "2"):
+        trained("--norm-obs", "--norm-reward", "--workers", workers)
+        outputs.add(tuple(capsys.readouterr().out.splitlines()[-2:]))
+    assert len(outputs) == 1
+    _, (state,) = thrust.load_checkpoint("runs/CartPole-0")
+    sums = state["tensors"]["obs_sums"]
+    assert sums[0].tolist() == [4 * 65] * 4  # first observations and two rollouts of 4 x 32
+    policy = thrust.load("runs/CartPole-0")
+    first = thrust.evaluate(policy, small())
+    assert same(first.returns, thrust.evaluate(policy, small()).returns)
+    assert torch.equal(policy.normalizer.sums, sums)
+    obs = np.random.default_rng(0).normal(size=(5, 4))
+    mean, std = (m.numpy() for m in policy.normalizer.moments())
+    by_hand = torch.from_numpy(np.clip((obs - mean) / std, -10, 10)).float()
+    value, policy.normalizer = policy.value(obs), None
+    torch.testing.assert_close(value, policy.value(by_hand))
+
+
+def test_moments_are_those_of_everything_counted():
+    norm, rng = thrust.Normalizer(3), np.random.default_rng(0)
+    rows = torch.from_numpy(rng.normal(size=(500, 3)) * [1, 10, 0.1] + [0, 100, -1])
+    assert torch.equal(norm(rows[:1].float()), rows[:1].float().clamp(-10, 10))  # nothing yet
+    for chunk in rows.split(70):
+        norm.count(chunk)
+        norm.update()
+    mean, std = norm.moments()
+    torch.testing.assert_close(mean, rows.mean(0).float())
+    torch.testing.assert_close(std, rows.std(0, correction=0).float())
+    torch.testing.assert_close(norm(rows.float()), ((rows - mean) / std).float(), rtol=1e-4, atol=1e-4)
+    assert norm(torch.tensor([[1e9, -1e9, 0]])).tolist()[0][:2] == [10, -10]
+
+
+def test_the_buffer_keeps_the_observations_that_the_policy_saw():
+    config = small(norm_obs=True, norm_reward=True, gamma=0.9)
+    with thrust.EnvPool(Short, 8, 0) as envs:
+        learner, shadow, seen = thrust.Learner(config, envs), Short(8), []
+        learner.begin()
+        act = learner.policy.act
+        learner.policy.act = lambda obs, **options: (seen.append(obs.clone()), act(obs, **options))[1]
+        raw, _ = shadow.reset(seed=thrust.derive_seed(0, "environments", 0, 0))
+        for _ in range(3):
+            learner.collect()
+            (mean, std), (_, scale) = learner.obs_norm.moments(), learner.reward_norm.moments()
+            for t in range(config.num_steps):
+                assert torch.equal(learner.buffer.obs[t], seen.pop(0))
+                if t > 0:
+                    expected = ((torch.from_numpy(raw) - mean) / std).clamp(-10, 10)
+                    torch.testing.assert_close(learner.buffer.obs[t], expected)
+                raw, reward, _, truncated, info = shadow.step(learner.buffer.action[t].numpy())
+                expected = (torch.from_numpy(reward) / scale).clamp(-10, 10).float()
+                torch.testing.assert_close(learner.buffer.reward[t], expected)
+                if truncated.any():  # valued with the same statistics
+                    final = (torch.from_numpy(info["final_obs"]) - mean) / std
+                    value = learner.policy.value(final.clamp(-10, 10))
+                    torch.testing.assert_close(learner.buffer.final_value[t], value)
+    assert learner.reward_norm.sums[0].item() == 2 * config.batch_size
+
+
+class Short(thrust.CartPole):
+    """Cut off after three steps."""
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs, max_episode_steps=3)
+
+
+def test_an_environment_without_state_is_resumed_in_new_episodes_and_says_so(in_tmp, capsys):
+    flags = ["--env", "test_thrust:Stateless", "--total-steps=512", "--num-envs=4"]
+    assert thrust.main([*flags, "--num-steps=32", "--minibatch-size=64"]) == 0
+    capsys.readouterr()
+    config, ranks = thrust.load_checkpoint("runs/test_thrust-Stateless-0")
+    assert ranks[0]["envs"] == {} and config.num_updates == 4
+    half = {**ranks[0], "update": 2, "rows": ranks[0]["rows"][:2]}
+    thrust.save_checkpoint(in_tmp / "runs/test_thrust-Stateless-0", config, half)
+    result = thrust.train(config, resume="runs/test_thrust-Stateless-0")
+    assert "cannot be saved: going on with new episodes" in capsys.readouterr().out
+    assert [row["update"] for row in result.rows] == [1, 2, 3, 4]
+
+
+def test_what_env_can_not_be_is_one_sentence(in_tmp, capsys, monkeypatch):
+    for env, reason in (
+        ("nowhere:Env", "cannot be imported: No module named 'nowhere'"),
+        ("test_thrust:Nothing", "cannot be imported: .*Nothing"),
+        ("test_thrust:NextStep", "AutoresetMode.SAME_STEP"),
+    ):
+        assert thrust.main(["--env", env]) == 1
+        error = capsys.readouterr().err
+        assert re.match(rf"thrust: .*{reason}", error) and error.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    assert thrust.main(["--env", "Acrobot-v1"]) == 1
+    assert "pip install gymnasium" in capsys.readouterr().err
+    assert not (in_tmp / "runs").exists()
+
+
+def test_gymnasiums_refusals_are_one_sentence(in_tmp, capsys):
+    gym = oracle("gymnasium")
+    assert thrust.main(["--env", "NoSuchGame-v7"]) == 1
+    assert "Gymnasium cannot make NoSuchGame-v7" in capsys.readouterr().err
+    from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+    with pytest.raises(ValueError, match=r"CartPoleVectorEnv .*AutoresetMode.SAME_STEP"):
+        thrust.EnvPool(CartPoleVectorEnv, 2, 0)
+    assert gym.vector.AutoresetMode.SAME_STEP.value == "SameStep"
+
+
+def test_render_needs_an_environment_that_can_be_shown(in_tmp, capsys):
+    with pytest.raises(SystemExit):
+        thrust.main(["--render"])
+    assert "--render needs --evaluate RUN" in capsys.readouterr().err
+    trained()
+    assert thrust.main(["--evaluate", "runs/CartPole-0", "--render"]) == 1
+    assert "--render needs an environment of Gymnasium's" in capsys.readouterr().err
+
+
+def uneven_environments(num_envs):
+    """Gymnasium environments that reuse one observation buffer; the i-th lasts 2 + i steps, and
+    every second one is truncated."""
+    import gymnasium as gym
+
+    class Uneven(gym.Env):
+        observation_space = gym.spaces.Box(-1e9, 1e9, (1,))
+        action_space = gym.spaces.Discrete(2)
+
+        def __init__(self, i):
+            self.i, self.buffer = i, np.zeros(1, np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            self.buffer[0] = self.steps = 0
+            return self.buffer, {}
+
+        def step(self, action):
+            self.steps += 1
+            self.buffer[0] = 10 * self.i + self.steps
+            ended = self.steps == 2 + self.i
+            return self.buffer, float(self.steps), ended and self.i % 2 == 0, ended, {}
+
+    keep = gym.wrappers.TransformObservation
+    makers = [
+        lambda i=i: keep(Uneven(i), np.copy, Uneven.observation_space) for i in range(num_envs)
+    ]
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+
+
+def test_uneven_episodes_of_gymnasium_give_the_targets_of_a_hand_computation():
+    oracle("gymnasium")
+    T, N, gamma, lam = 7, 3, 0.5, 0.5
+    config = small(num_envs=N, num_steps=T, minibatch_size=21, total_steps=21)
+    with thrust.EnvPool(uneven_environments, N, 0) as envs:
+        learner = thrust.Learner(config, envs)
+        learner.policy.value = lambda obs: torch.as_tensor(obs)[..., 0] * 1.0  # V(s) = s
+        learner.begin()
+        learner.collect()
+        learner.estimate()
+        batch = learner.buffer.batch(gamma, lam)
+    expected = np.zeros((T, N))
+    for n in range(N):
+        length = 2 + n
+        for t in reversed(range(T)):
+            k = t % length  # steps into the episode
+            here = 10 * n + k if k else 0
+            reached = 10 * n + k + 1
+            last = k == length - 1
+            bootstrap = 0 if last and n % 2 == 0 else gamma * reached
+            delta = (k + 1) + bootstrap - here
+            later = 0 if last or t == T - 1 else expected[t + 1, n]
+            expected[t, n] = delta + gamma * lam * later
+    np.testing.assert_allclose(batch.advantage.view(T, N), expected, rtol=1e-6)
+
+
+def test_an_environment_that_reuses_its_observation_loses_nothing(monkeypatch):
+    gym = oracle("gymnasium")
+
+    class Reuses(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (1,))
+        action_space = gym.spaces.Discrete(2)
+        buffer = np.zeros(1, np.float32)
+
+        def reset(self, *, seed=None, options=None):
+            self.buffer[0] = -1
+            return self.buffer, {}
+
+        def step(self, action):
+            self.buffer[0] = 1
+            return self.buffer, 0.0, True, False, {}
+
+    gym.register("Reuses-v0", Reuses)
+    env = thrust.MakeEnv("Reuses-v0")(2)
+    env.reset(seed=0)
+    obs, _, _, _, info = env.step(np.zeros(2, np.int64))
+    assert obs.ravel().tolist() == [-1, -1]
+    assert np.stack(info["final_obs"]).ravel().tolist() == [1, 1]
+    gym.registry.pop("Reuses-v0")
+
+
+def python_in_readme(heading):
+    """The Python under a heading of README.md."""
+    text = SOURCE.with_name("README.md").read_text(encoding="utf-8")
+    return re.search(r"```python\n(.*?)```", text.split(f"## {heading}")[1], re.DOTALL)[1]
+
+
+def test_readmes_own_environment_trains_in_under_30_lines(in_tmp, monkeypatch, capsys):
+    code = python_in_readme("Train your own environment")
+    assert len(code.splitlines()) < 30
+    (in_tmp / "my_game.py").write_text(code)
+    monkeypatch.syspath_prepend(str(in_tmp))
+    flags = "--env my_game:Walk --num-envs 16 --num-steps 32 --minibatch-size 128"
+    assert thrust.main([*flags.split(), "--total-steps", "20480", "--eval-episodes", "20"]) == 0
+    assert "evaluation: mean return 1.0 ± 0.0 over 20 episodes" in capsys.readouterr().out
+
+
+def test_readmes_use_of_a_trained_policy_works(undisturbed, monkeypatch):
+    _, result = undisturbed
+    monkeypatch.chdir(result.run.parent.parent)
+    exec(python_in_readme("Use a trained policy"), {})
+
+
+def test_gymnasiums_wrappers_accept_a_cartpole_made_as_readme_shows():
+    gym = oracle("gymnasium")
+    names = {}
+    exec(python_in_readme("Gymnasium's wrappers"), names)
+    env = gym.wrappers.vector.RecordEpisodeStatistics(names["C"](4))
+    env.reset(seed=0)
+    lengths = []
+    for _ in range(100):
+        _, _, terminated, truncated, info = env.step(np.zeros(4, np.int64))
+        lengths += info["episode"]["l"][terminated | truncated].tolist() if "episode" in info else []
+    assert lengths and all(7 <= length <= 12 for length in lengths)  # always left: falls at once
+
+
+def test_a_device_that_is_not_there_is_one_sentence(in_tmp, capsys):
+    missing = "cuda" if not torch.cuda.is_available() else "mps"
+    assert thrust.main(["--device", missing]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"thrust: device {missing} cannot be used") and error.count("\n") == 1
+
+
+# --- several processes that train together
+
+
+def torchrun(folder, *flags):
+    """Trains on two ranks; returns the lines that were printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launcher += ["--master-port", str(29500 + os.getpid() % 1000), str(SOURCE), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launcher, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_two_ranks_train_one_policy_that_can_be_resumed(in_tmp):
+    flags = "--num-envs 4 --num-steps 16 --minibatch-size 32 --total-steps 1280 --norm-obs"
+    flags += " --norm-reward --target-kl 0.002 --eval-episodes 4 --checkpoint-every 3"
+    whole = torchrun(in_tmp, *flags.split())
+    assert whole[0].startswith("training CartPole: 10 updates of 128 steps")
+    config, ranks = thrust.load_checkpoint("runs/CartPole-0")
+    first, second = ranks
+    assert torch.equal(first["tensors"]["weights"], second["tensors"]["weights"])
+    assert torch.equal(first["tensors"]["obs_sums"], second["tensors"]["obs_sums"])
+    assert first["tensors"]["obs_sums"][0, 0] == 2 * 4 * (1 + 16 * 9)  # both ranks' counts
+    assert not torch.equal(first["envs"]["seed"], second["envs"]["seed"])
+    rows = rows_without_clock(in_tmp / "runs/CartPole-0")
+    assert [int(row["steps"]) for row in rows] == [128 * (i + 1) for i in range(10)]
+    with pytest.raises(ValueError, match="was trained by 2 ranks, and not 1"):
+        thrust.train(config, resume="runs/CartPole-0")
+    shutil.copytree("runs/CartPole-0", "runs/copy")
+    torchrun(in_tmp, *flags.split(), "--total-steps", "768", "--no-anneal")
+    torchrun(in_tmp, *flags.split(), "--no-anneal")
+    longer = rows_without_clock(in_tmp / "runs/CartPole-0-3")
+    assert longer[:6] == rows_without_clock(in_tmp / "runs/CartPole-0-2")
+    resumed = torchrun(in_tmp, "--resume", "runs/copy")
+    assert resumed[-2:] == whole[-2:]
+
+
 def test_the_defaults_solve_cartpole(in_tmp, capsys):
     result = thrust.train(thrust.Config(seed=7))
     assert result.evaluation.mean == 500.0 and len(result.evaluation.returns) == 100
@@ -1352,7 +1721,7 @@ def test_an_interrupted_run_saves_itself_and_leaves_nothing(signal_name, workers
     assert (process.returncode, err) == (code, "")
     stopped = re.search(r"^stopped after update (\d+) of 24414; to go on: (.*)$", out, re.M)
     assert stopped[2] == "python thrust.py --resume runs/CartPole-0"
-    _, state = thrust.load_checkpoint("runs/CartPole-0")
+    _, (state,) = thrust.load_checkpoint("runs/CartPole-0")
     assert state["update"] == int(stopped[1]) == len(state["rows"]) >= 1
     with pytest.raises(ProcessLookupError):  # nobody is left in the group
         for _ in range(200):

@@ -77,6 +77,7 @@ import math
 import multiprocessing as mp
 import os
 import pathlib
+import pkgutil
 import signal
 import sys
 import threading
@@ -119,7 +120,7 @@ class Config:
     """All that a run is told. Immutable; `dataclasses.replace` makes a changed copy. Raises
     ValueError with one sentence that names the field, the value and the rule."""
 
-    env: str = knob("CartPole", "the environment to train on")
+    env: str = knob("CartPole", "CartPole, any id that Gymnasium knows, or module:callable")
     seed: int = knob(0, "the number that every random draw of the run is derived from")
     num_envs: int = knob(64, "environments played side by side (N); more: steadier gradients")
     num_steps: int = knob(32, "steps of each per rollout (T); few: shortsighted advantages")
@@ -137,8 +138,11 @@ class Config:
     target_kl: float | None = knob(
         None, "end an update once approx_kl (part 7) exceeds this", float
     )
+    norm_obs: bool = knob(False, "shift and scale observations by their mean and deviation")
+    norm_reward: bool = knob(False, "scale rewards by the deviation of discounted returns")
     hidden: tuple[int, ...] = knob((64, 64), "widths of each network's hidden layers", int)
     workers: int = knob(0, "processes that step the environments; 0: this one does (part 3)")
+    device: str = knob("cpu", "where the networks live and learn: cpu, cuda or mps")
     threads: int = knob(1, "torch's threads; networks this small are slower with more")
     checkpoint_every: int = knob(10, "updates from one checkpoint to the next")
     eval_episodes: int = knob(100, "episodes of the evaluation after training")
@@ -228,9 +232,10 @@ class Box(NamedTuple):
 
 
 class Discrete(NamedTuple):
-    """Whole numbers 0 ... n-1, with the attributes of Gymnasium's Discrete."""
+    """Whole numbers start ... start + n - 1, with the attributes of Gymnasium's Discrete."""
 
     n: int
+    start: int = 0
     shape: tuple[int, ...] = ()
     dtype: Any = np.dtype(np.int64)
 
@@ -828,6 +833,13 @@ class EnvPool:
 # through a layer, and signals and gradients keep about their size. The gains are PPO's custom:
 # √2 in hidden layers, 1 for the critic's output, and 0.01 for the actor's, so that all actions
 # start out almost equally probable, and chance does not decide early what is explored.
+#
+# Other kinds of actions. One choice among A is the case n = 1 of n independent choices
+# (MultiDiscrete): the outputs are split, log-probabilities and entropies add up. For real
+# numbers (Box), each output is the mean of a normal distribution, whose deviation is a
+# parameter that does not depend on the observation. What is drawn may then lie outside the box.
+# It is learned from as it was drawn, and clipped only by `to_env`, on its way into the
+# environment.
 # ==============================================================================================
 
 
@@ -845,15 +857,16 @@ def mlp(sizes: list[int], gain: float, generator: torch.Generator | None) -> nn.
 
 
 class ActorCritic(nn.Module):
-    """A policy over discrete actions, and the value of the states that it visits.
+    """A policy, and the value of the states that it visits.
 
-    observation_space  a Box; observations are flattened to O numbers
-    action_space       a Discrete: `.n` is A
+    observation_space  Box of any shape (flattened to O numbers) or Discrete (one-hot)
+    action_space       Discrete, MultiDiscrete or Box
     hidden             widths of the hidden layers, of the actor's and of the critic's
     generator          draws the initial weights; None: torch's global generator
 
-    Observations may be NumPy arrays or tensors; results are tensors. Raises ValueError for a
-    kind of space that it does not know.
+    Observations may be NumPy arrays or tensors, (N, *shape); results are tensors. Actions have
+    the shape of their space, int64 (counted from 0) or float32 (not clipped); `to_env` makes
+    them fit for the environment. Raises ValueError for a space of another kind.
     """
 
     def __init__(
@@ -864,11 +877,25 @@ class ActorCritic(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        for space, kind in ((observation_space, "Box"), (action_space, "Discrete")):
-            if type(space).__name__ != kind:  # by name: Gymnasium's own will do as well
-                raise ValueError(f"ActorCritic needs a {kind} space here, got {space}")
-        inputs = math.prod(observation_space.shape)
-        self.actor = mlp([inputs, *hidden, int(action_space.n)], 0.01, generator)
+        self.observation_space, self.action_space = observation_space, action_space
+        self.normalizer: Any = None  # called with observations (N, O), if there is one (part 7)
+        # Told apart by name, so that Gymnasium's spaces will do as well as those of part 2.
+        self.kinds = type(observation_space).__name__, type(action_space).__name__
+        if self.kinds[0] not in ("Box", "Discrete"):
+            raise ValueError(f"observations cannot be {observation_space}, only Box, Discrete")
+        if self.kinds[1] == "Box":
+            self.choices = [math.prod(action_space.shape)]
+            self.log_std = nn.Parameter(torch.zeros(self.choices))
+        elif self.kinds[1] in ("Discrete", "MultiDiscrete"):
+            sizes = action_space.n if self.kinds[1] == "Discrete" else action_space.nvec
+            self.choices = np.ravel(sizes).tolist()
+        else:
+            raise ValueError(
+                f"actions cannot be {action_space}: Discrete, MultiDiscrete or Box"
+            )
+        one_hot = self.kinds[0] == "Discrete"
+        inputs = int(observation_space.n) if one_hot else math.prod(observation_space.shape)
+        self.actor = mlp([inputs, *hidden, sum(self.choices)], 0.01, generator)
         self.critic = mlp([inputs, *hidden, 1], 1.0, generator)
 
     @torch.no_grad()
@@ -879,48 +906,78 @@ class ActorCritic(nn.Module):
         greedy: bool = False,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chooses actions: obs (N, *shape) → (action int64 (N,), logprob float32 (N,)).
+        """Chooses actions: obs (N, *shape) → (action (N, *shape), logprob float32 (N,)).
 
         Draws them from the policy with `generator` (None: torch's global one), or, if greedy,
         takes the most probable. Nothing is differentiable.
         """
-        logits = self.actor(_flat(obs))  # (N, A): a softmax makes them probabilities
-        action = logits.argmax(-1) if greedy else _sample(logits, generator)
-        return action, _logprob_and_entropy(logits, action)[0]
+        outputs = self.actor(self._flat(obs))
+        action = self._choose(outputs, greedy, generator).view(-1, *self.action_space.shape)
+        return action, self._logprob_and_entropy(outputs, action)[0]
 
     def evaluate(
         self, obs: np.ndarray | torch.Tensor, action: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the networks, as they are now, say of actions taken earlier: (logprob, entropy,
         value), each (N,) and differentiable."""
-        flat = _flat(obs)
-        logprob, entropy = _logprob_and_entropy(self.actor(flat), action)
+        flat = self._flat(obs)
+        logprob, entropy = self._logprob_and_entropy(self.actor(flat), action)
         return logprob, entropy, self.critic(flat).squeeze(-1)
 
     def value(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """V of each observation: (N, *shape) → (N,)."""
-        return torch.squeeze(self.critic(_flat(obs)), -1)
+        return torch.squeeze(self.critic(self._flat(obs)), -1)
 
+    def to_env(self, action: torch.Tensor) -> np.ndarray:
+        """Actions as the environment takes them: Box clipped, Discrete counted from `start`."""
+        array, space = action.cpu().numpy(), self.action_space
+        if self.kinds[1] == "Box":
+            array = np.clip(array, space.low, space.high)
+        return np.asarray(array + getattr(space, "start", 0), space.dtype)
 
-def _flat(obs: np.ndarray | torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(obs, dtype=torch.float32).flatten(1)  # (N, *shape) → (N, O)
+    def _flat(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """(N, *shape) → (N, O)"""
+        device = next(self.parameters()).device
+        flat = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        if self.kinds[0] == "Discrete":
+            index = flat.long() - int(self.observation_space.start)
+            flat = nn.functional.one_hot(index, int(self.observation_space.n)).float()
+        flat = flat.flatten(1)
+        return flat if self.normalizer is None else self.normalizer(flat)
 
+    def _choose(
+        self, outputs: torch.Tensor, greedy: bool, generator: torch.Generator | None
+    ) -> torch.Tensor:
+        """Actions from the actor's outputs: (N, outputs) → (N, choices)."""
+        if self.kinds[1] == "Box":
+            noise = torch.empty_like(outputs).normal_(generator=generator)
+            return outputs if greedy else outputs + self.log_std.exp() * noise
+        if not greedy:
+            # The largest of logit + Gumbel noise falls on each choice with its softmax
+            # probability, and -log of an exponential variable is Gumbel noise.
+            outputs = (
+                outputs - torch.empty_like(outputs).exponential_(generator=generator).log()
+            )
+        logits = torch.split(outputs, self.choices, -1)  # n of (N, A)
+        return torch.stack([its.argmax(-1) for its in logits], -1)
 
-def _sample(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Draws an action from each row's softmax: the largest of logit + Gumbel noise falls on
-    each action with just its probability. -log of an exponential variable is Gumbel noise."""
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log()).argmax(-1)  # (N, A) → (N,)
-
-
-def _logprob_and_entropy(
-    logits: torch.Tensor, action: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π(a|s), and the entropy -Σ π·log π: log A where all actions are equally probable, 0
-    where one is certain. (N, A), (N,) → (N,), (N,)."""
-    logprobs = logits.log_softmax(-1)  # (N, A)
-    logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    return logprob, -(logprobs.exp() * logprobs).sum(-1)
+    def _logprob_and_entropy(
+        self, outputs: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π(a|s), and the entropy -Σ π·log π: log A where A choices are equally probable, 0
+        where one is certain. (N, outputs), (N, *shape) → (N,), (N,)."""
+        action = action.reshape(len(action), -1)  # (N, choices)
+        if self.kinds[1] == "Box":
+            normal: Any = torch.distributions.Normal(outputs, self.log_std.exp(), False)
+            return normal.log_prob(action).sum(-1), normal.entropy().sum(-1)
+        logprob = entropy = torch.zeros(())
+        for logits, chosen in zip(
+            torch.split(outputs, self.choices, -1), torch.split(action, 1, -1)
+        ):
+            logprobs = logits.log_softmax(-1)  # (N, A)
+            logprob = logprob + logprobs.gather(-1, chosen).squeeze(-1)
+            entropy = entropy - (logprobs.exp() * logprobs).sum(-1)
+        return logprob, entropy
 
 
 # ==============================================================================================
@@ -1025,13 +1082,16 @@ class Batch:
     def __getitem__(self, index: torch.Tensor) -> "Batch":
         return Batch(*(tensor[index] for tensor in vars(self).values()))
 
+    def to(self, device: str) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
     def minibatches(
         self, size: int, epochs: int, generator: torch.Generator
     ) -> Iterator["Batch"]:
         """Passes over the batch, each in a new order, in pieces of `size`. What the division
         leaves over is not dropped: the last piece of a pass may be smaller."""
         for _ in range(epochs):
-            order = torch.randperm(len(self.obs), generator=generator)
+            order = torch.randperm(len(self.obs), generator=generator).to(self.obs.device)
             yield from (self[index] for index in torch.split(order, size))
 
 
@@ -1043,9 +1103,9 @@ class RolloutBuffer:
     ) -> None:
         T, N = num_steps, num_envs
         self.obs = torch.zeros(T + 1, N, *observation_space.shape)
-        self.action = torch.from_numpy(
-            np.zeros((T, N, *action_space.shape), action_space.dtype)
-        )
+        whole = np.issubdtype(action_space.dtype, np.integer)
+        dtype = torch.int64 if whole else torch.float32
+        self.action = torch.zeros(T, N, *action_space.shape, dtype=dtype)
         self.logprob = torch.zeros(T, N)
         self.reward = torch.zeros(T, N)
         self.terminated = torch.zeros(T, N, dtype=torch.bool)
@@ -1061,7 +1121,7 @@ class RolloutBuffer:
         self.action[t], self.logprob[t] = action, logprob
         rows = self.obs[t + 1], self.reward[t], self.terminated[t], self.truncated[t]
         for row, array in zip(rows, came_of_it):
-            row.copy_(torch.from_numpy(array))
+            row.copy_(torch.as_tensor(array))
 
     def batch(self, gamma: float, lam: float) -> Batch:
         """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
@@ -1148,6 +1208,28 @@ def ppo_loss(
     return -objective, {name: scalar.detach() for name, scalar in stats.items()}
 
 
+def world_size() -> int:
+    """How many processes train together: that many *ranks*, as torch.distributed calls them."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """[what rank 0 gave, what rank 1 gave, ...]"""
+    values = [value] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Replaces `tensor`, in place, by its mean over all ranks."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
 class Adam:
     """Adam (arXiv:1412.6980) over a policy whose parameters become slices of one vector.
 
@@ -1163,8 +1245,8 @@ class Adam:
     def __init__(self, policy: nn.Module) -> None:
         parameters = list(policy.parameters())
         self.weights = nn.utils.parameters_to_vector(parameters).detach().clone()  # (P,)
-        self.grad, self.mean, self.square = torch.zeros(3, len(self.weights))
-        self.steps = torch.zeros(())
+        self.grad, self.mean, self.square = self.weights.new_zeros(3, len(self.weights))
+        self.steps = self.weights.new_zeros(())
         sizes = [p.numel() for p in parameters]
         slices = torch.split(self.weights, sizes), torch.split(self.grad, sizes)
         for p, weights, grad in zip(parameters, *slices):
@@ -1173,7 +1255,9 @@ class Adam:
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """One step, along a gradient that is scaled down to `max_grad_norm` if it is longer;
-        returns the length that it had. The gradient is then zero, ready for the next one."""
+        returns the length that it had. The gradient is then zero, ready for the next one. Where
+        several processes train together, the step is that of their mean gradient, in each."""
+        mean_over_ranks(self.grad)
         norm: torch.Tensor = torch.linalg.vector_norm(self.grad)
         self.grad *= (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         adam([self.weights], [self.grad], [self.mean], [self.square], [], [self.steps],
@@ -1197,8 +1281,9 @@ def ppo_update(
     for minibatch in batch.minibatches(config.minibatch_size, config.epochs, generator):
         loss, stats = ppo_loss(policy, minibatch, config)
         # At the first minibatch the KL is nothing but rounding. Later, the break ends this
-        # epoch and all that would follow.
-        if history and config.target_kl is not None and stats["approx_kl"] > config.target_kl:
+        # epoch and all that would follow, on all ranks alike.
+        target = config.target_kl if history else None
+        if target is not None and mean_over_ranks(stats["approx_kl"]) > target:
             break
         loss.backward()  # type: ignore[no-untyped-call]
         stats["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
@@ -1209,7 +1294,7 @@ def ppo_update(
 
 # ==============================================================================================
 # 7. Training
-# Needs: import contextlib, csv, hashlib, json, pathlib, sys; parts 1, 2, 3, 4, 5, 6
+# Needs: import contextlib, csv, hashlib, json, pathlib, pkgutil, sys; parts 1, 2, 3, 4, 5, 6
 #
 # The loop at the end of this part is PPO's six steps in order. What surrounds it makes a run
 # repeatable, and hard to lose.
@@ -1249,28 +1334,86 @@ COLUMNS = {
     "steps_per_second": "of this update",
 }
 PURPOSES = ["weights", "environments", "actions", "minibatches", "evaluation"]
-# Mean returns at which an environment counts as solved. CartPole-v0 was cut off at 200 steps.
-BARS = {"CartPole": {195: "CartPole-v0", 475: "CartPole-v1"}}
+BARS = {195: "CartPole-v0", 475: "CartPole-v1"}  # mean returns that count as solving them
 CHECKPOINT_FORMAT = 1
 MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # in a resumed run's config
 EVALUATION_LIMIT = 1_000_000  # steps
 PLAIN = ["update", "episodes", "recent", "rows"]  # what Learner keeps in plain Python
 
 
-def derive_seed(seed: int, purpose: str) -> int:
-    """A seed for one of PURPOSES, unlike those of other purposes and other runs. It has 62
-    bits, so that seed + N still fits into an int64."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(PURPOSES.index(purpose),))
+def derive_seed(seed: int, purpose: str, *more: int) -> int:
+    """A seed for one of PURPOSES, unlike those of other purposes, other runs, or another rank
+    or update in `more`. It has 62 bits, so that seed + N still fits into an int64."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(PURPOSES.index(purpose), *more))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 2
 
 
-def make_env(num_envs: int) -> CartPole:
-    """What training plays: `num_envs` CartPoles."""
-    return CartPole(num_envs)
+class MakeEnv(NamedTuple):
+    """The make_env that `--env` names: "CartPole" is part 2's, a name with a colon is a
+    callable in a module, any other is Gymnasium's. Raises ValueError if there is none."""
+
+    name: str
+    render_mode: str | None = None
+
+    def __call__(self, num_envs: int) -> Any:
+        theirs = self.name != "CartPole" and ":" not in self.name
+        if self.render_mode and not theirs:
+            raise ValueError(f"--render needs an environment of Gymnasium's, not {self.name}")
+        try:
+            if theirs:
+                import gymnasium as gym
+            else:
+                make: Any = (
+                    CartPole if self.name == "CartPole" else pkgutil.resolve_name(self.name)
+                )
+        except (ImportError, AttributeError) as error:
+            hint = " (pip install gymnasium)" if theirs else ""
+            raise ValueError(f"--env {self.name} cannot be imported: {error}{hint}") from None
+        if not theirs:
+            return make(num_envs)
+
+        def keep(env: Any) -> Any:  # final_obs, which a reset might otherwise write over
+            return gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
+
+        mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        options: Any = {"render_mode": self.render_mode} if self.render_mode else {}
+        try:
+            return gym.make_vec(self.name, num_envs, "sync", mode, [keep], **options)
+        except gym.error.Error as error:
+            raise ValueError(f"Gymnasium cannot make {self.name}: {error}") from None
+
+
+class Normalizer:
+    """Shifts and scales K numbers by their mean and deviation, as measured over all rows that
+    were counted up to the last `update`, and keeps the result within ±10."""
+
+    def __init__(self, size: int) -> None:
+        self.sums = torch.zeros(3, size, dtype=torch.float64)  # of 1, x and x² over all rows
+        self.new = self.sums.clone()  # the same, since the last update
+
+    def count(self, x: torch.Tensor) -> None:
+        """Counts k more rows, (k, K)."""
+        self.new += torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
+
+    def update(self) -> None:
+        """Once per rollout, and not at every step: ranks have to agree on it."""
+        self.sums += mean_over_ranks(self.new) * world_size()
+        self.new.zero_()
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation, float32 (K,) each; 0 and 1 before the first update."""
+        number = self.sums[0].clamp(min=1)
+        mean, square = self.sums[1] / number, self.sums[2] / number
+        std = (square - mean.square()).clamp(min=1e-8).sqrt() if self.sums[0].all() else number
+        return mean.float(), std.float()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        mean, std = (moment.to(x.device) for moment in self.moments())
+        return ((x - mean) / std).clamp(-10, 10)
 
 
 class Evaluation(NamedTuple):
-    """Undiscounted returns of finished episodes, their mean and their standard deviation."""
+    """The plain sums of rewards of finished episodes, their mean and their deviation."""
 
     returns: np.ndarray  # (episodes,)
     mean: float
@@ -1290,16 +1433,16 @@ class Result(NamedTuple):
     run: pathlib.Path
 
 
-def evaluate(policy: ActorCritic, config: Config) -> Evaluation:
+def evaluate(policy: ActorCritic, config: Config, render_mode: str | None = None) -> Evaluation:
     """Plays the first episode of each of config.eval_episodes environments, whose seeds
     training never uses, always taking the most probable action."""
     n = config.eval_episodes
     returns, running = np.zeros(n), np.ones(n, bool)
-    with EnvPool(make_env, n, min(config.workers, n)) as envs:
+    with EnvPool(MakeEnv(config.env, render_mode), n, min(config.workers, n)) as envs:
         obs, _ = envs.reset(seed=derive_seed(config.seed, "evaluation"))
         for _ in range(EVALUATION_LIMIT):
             action, _ = policy.act(obs, greedy=True)
-            obs, reward, terminated, truncated, _ = envs.step(action.numpy())
+            obs, reward, terminated, truncated, _ = envs.step(policy.to_env(action))
             returns += reward * running  # an environment's later episodes do not count
             running &= ~(terminated | truncated)
             if not running.any():
@@ -1311,122 +1454,176 @@ def evaluate(policy: ActorCritic, config: Config) -> Evaluation:
 class Learner:
     """All that changes in the course of training, to be saved and restored as one."""
 
-    def __init__(self, config: Config, envs: EnvPool) -> None:
-        def generator(purpose: str) -> torch.Generator:
-            return torch.Generator().manual_seed(derive_seed(config.seed, purpose))
+    def __init__(self, config: Config, envs: EnvPool, rank: int = 0) -> None:
+        def generator(purpose: str, *more: int, device: str = "cpu") -> torch.Generator:
+            seed = derive_seed(config.seed, purpose, *more)
+            return torch.Generator(device).manual_seed(seed)
 
         spaces = envs.single_observation_space, envs.single_action_space
-        self.envs = envs
-        self.policy = ActorCritic(*spaces, config.hidden, generator("weights"))
+        self.config, self.envs, self.rank = config, envs, rank
+        self.policy = ActorCritic(*spaces, config.hidden, generator("weights")).to(
+            config.device
+        )
+        if config.norm_obs and self.policy.kinds[0] != "Box":
+            raise ValueError(f"norm_obs needs observations in a Box, not in {spaces[0]}")
         self.optimizer = Adam(self.policy)
         self.buffer = RolloutBuffer(config.num_steps, config.num_envs, *spaces)
-        self.generators = {name: generator(name) for name in ("actions", "minibatches")}
+        self.generators = {
+            "actions": generator("actions", rank, device=config.device),
+            "minibatches": generator("minibatches", rank),
+        }
+        self.obs_norm = Normalizer(math.prod(spaces[0].shape))
+        self.reward_norm = Normalizer(1)
+        # Return, length and discounted return so far of each environment's running episode
+        self.running = torch.zeros(3, config.num_envs, dtype=torch.float64)
+        self.tensors = {
+            "weights": self.optimizer.weights,
+            "adam_mean": self.optimizer.mean,
+            "adam_square": self.optimizer.square,
+            "adam_steps": self.optimizer.steps,
+            "obs": self.buffer.obs[-1],
+            "obs_sums": self.obs_norm.sums,
+            "reward_sums": self.reward_norm.sums,
+            "running": self.running,
+        }
         self.update = self.episodes = 0  # updates done, episodes finished
         self.recent: list[list[float]] = []  # [return, length] of the last 100 of these
         self.rows: list[dict[str, float]] = []  # of the log
-        self.running = np.zeros((2, config.num_envs))  # each episode's return and length so far
-        adam = self.optimizer
-        self.tensors = {
-            "weights": adam.weights,
-            "adam_mean": adam.mean,
-            "adam_square": adam.square,
-            "adam_steps": adam.steps,
-            "obs": self.buffer.obs[-1],
-            "running": torch.from_numpy(self.running),  # the same memory
-        }
+
+    def begin(self) -> None:
+        """Starts episodes whose seeds depend on the rank and on the updates done."""
+        seed = derive_seed(self.config.seed, "environments", self.rank, self.update)
+        self.buffer.obs[-1] = self.seen(self.envs.reset(seed=seed)[0])
+        self.running.zero_()
+
+    def seen(self, obs: np.ndarray, count: bool = True) -> torch.Tensor:
+        """Observations, (k, *shape), as the policy is to see them."""
+        tensor = torch.from_numpy(obs)
+        if not self.config.norm_obs:
+            return tensor
+        if count:
+            self.obs_norm.count(tensor.flatten(1))
+        return self.obs_norm(tensor.flatten(1)).view_as(tensor)
 
     @torch.no_grad()
     def collect(self) -> None:
         """Plays T steps in every environment, and fills the buffer."""
-        buffer, policy = self.buffer, self.policy
+        buffer, policy, config = self.buffer, self.policy, self.config
+        self.obs_norm.update()
+        self.reward_norm.update()
+        _, reward_std = self.reward_norm.moments()
         buffer.obs[0] = buffer.obs[-1]  # goes on where the last rollout stopped
-        for t in range(len(buffer.reward)):
+        for t in range(config.num_steps):
             action, logprob = policy.act(buffer.obs[t], generator=self.generators["actions"])
-            *result, info = self.envs.step(action.numpy())
-            buffer.add(t, action, logprob, *result)
-            _, reward, terminated, truncated = result
-            if truncated.any():  # the one value that is needed at once: final_obs will be gone
-                cut = truncated.nonzero()[0]
-                buffer.final_value[t, cut] = policy.value(info["final_obs"][cut])
+            obs, earned, terminated, truncated, info = self.envs.step(policy.to_env(action))
+            reward = torch.from_numpy(earned)
             self.running[0] += reward
             self.running[1] += 1
+            if config.norm_reward:
+                self.running[2] = config.gamma * self.running[2] + reward
+                self.reward_norm.count(self.running[2].unsqueeze(1))
+                reward = (reward / reward_std).clamp(-10, 10)
+            buffer.add(t, action, logprob, self.seen(obs), reward, terminated, truncated)
+            if truncated.any():  # the one value that is needed at once: final_obs will be gone
+                cut = truncated.nonzero()[0]
+                reached = self.seen(info["final_obs"][cut], count=False)
+                buffer.final_value[t, cut] = policy.value(reached).cpu()
             ended = (terminated | truncated).nonzero()[0]
-            self.recent = (self.recent + self.running[:, ended].T.tolist())[-100:]
+            self.recent = (self.recent + self.running[:2, ended].T.tolist())[-100:]
             self.running[:, ended] = 0
             self.episodes += len(ended)
 
+    @torch.no_grad()
+    def estimate(self) -> None:
+        """V of every observation in the rollout: in one batch, as nothing needed it before."""
+        buffer = self.buffer
+        buffer.value.view(-1)[:] = self.policy.value(buffer.obs.flatten(0, 1))
+
+    def improve(self, batch: Batch, rate: float) -> dict[str, float]:
+        """One update of the policy: what `ppo_update` returns."""
+        generator = self.generators["minibatches"]
+        batch = batch.to(self.config.device)
+        stats = ppo_update(self.policy, self.optimizer, batch, self.config, rate, generator)
+        self.update += 1
+        return stats
+
     def statistics(self, batch: Batch) -> dict[str, float]:
         """What the log says of the games so far, and of the values that led to `batch`."""
-        recent = np.array(self.recent or [[math.nan, math.nan]])
-        mean_return, mean_length = recent.mean(0).tolist()
+        mean_return, mean_length = np.array(self.recent or [[math.nan] * 2]).mean(0).tolist()
         # returns - V is Â, so the share of the returns' variance that V did not explain is:
         unexplained = batch.advantage.var(correction=0) / batch.returns.var(correction=0)
-        return {
-            "update": self.update,
-            "steps": self.update * len(batch.obs),
-            "episodes": self.episodes,
-            "mean_return": mean_return,
-            "mean_length": mean_length,
-            "explained_variance": 1 - unexplained.item(),
-        }
+        numbers = [self.episodes, mean_return, mean_length, 1 - unexplained.item()]
+        means = mean_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        names = ["episodes", "mean_return", "mean_length", "explained_variance"]
+        steps = self.update * len(batch.obs) * world_size()
+        row = {"update": self.update, "steps": steps, **dict(zip(names, means))}
+        return row | {"episodes": round(row["episodes"] * world_size())}
 
     def state(self) -> dict[str, Any]:
         """All of it, in tensors, numbers, strings, lists and dicts that will not change."""
+        envs = self.envs.state() if self.envs.has_state else {}
         return {
-            "format": CHECKPOINT_FORMAT,
             "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()},
             "generators": {name: g.get_state() for name, g in self.generators.items()},
-            "envs": {k: torch.from_numpy(array) for k, array in self.envs.state().items()},
+            "envs": {name: torch.from_numpy(array) for name, array in envs.items()},
             **{name: getattr(self, name) for name in PLAIN},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned."""
+        """Takes over what `state` returned; where environments have no state, new episodes."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
-        self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
         for name in PLAIN:
             setattr(self, name, state[name])
+        if self.envs.has_state:
+            self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
+        else:
+            self.begin()
 
 
 def new_run(config: Config) -> pathlib.Path:
     """Makes the folder runs/<env>-<seed>, or that with -2, -3, ... where it exists."""
     pathlib.Path("runs").mkdir(exist_ok=True)
-    run = first = pathlib.Path("runs", f"{config.env}-{config.seed}")
-    count = 1
+    name = f"{config.env}-{config.seed}".replace("/", "-").replace(":", "-")
+    run, count = pathlib.Path("runs", name), 1
     while True:
         try:
             run.mkdir()  # fails where it exists, so two runs never share a folder
             break
         except FileExistsError:
             count += 1
-            run = first.with_name(f"{first.name}-{count}")
+            run = run.with_name(f"{name}-{count}")
     text = json.dumps(dataclasses.asdict(config), indent=2)
     (run / "config.json").write_text(text + "\n", encoding="utf-8")
     return run
 
 
-def save_checkpoint(run: pathlib.Path, config: Config, state: dict[str, Any]) -> None:
-    """Replaces the run's checkpoint in one step: at any moment there is the old or the new."""
+def save_checkpoint(run: pathlib.Path | None, config: Config, state: dict[str, Any]) -> None:
+    """Replaces the run's checkpoint in one step: at any moment there is the old or the new. It
+    holds the states of all ranks, and rank 0, which has a run, writes it."""
+    content = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(config)}
+    content["ranks"] = of_all_ranks(state)
+    if run is None:
+        return
     temporary = run / "checkpoint.tmp"
     with open(temporary, "wb") as file:
-        torch.save({**state, "config": dataclasses.asdict(config)}, file)
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())  # on the disk before it takes the old one's name
     os.replace(temporary, run / "checkpoint.pt")
 
 
-def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
-    """A run's config, and the state that its Learner had. Raises ValueError for what is not a
+def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, list[dict[str, Any]]]:
+    """A run's config, and the state of each rank's Learner. Raises ValueError for what is not a
     Thrust checkpoint; code hidden in one is not run."""
     path = pathlib.Path(run, "checkpoint.pt")
     try:
-        state = torch.load(path, weights_only=True)
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {state['format']}, and not {CHECKPOINT_FORMAT}")
-        return Config(**state["config"]), state
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {content['format']}, and not {CHECKPOINT_FORMAT}")
+        return Config(**content["config"]), content["ranks"]
     except FileNotFoundError:
         raise ValueError(f"{run} holds no checkpoint.pt: give the folder of a run") from None
     except Exception as error:
@@ -1434,52 +1631,74 @@ def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, dict[str, Any]]:
         raise ValueError(f"{path} is not a checkpoint that can be loaded: {reason}") from None
 
 
-def load_resumable(run: str | pathlib.Path, config: Config) -> dict[str, Any]:
-    """The state in a run's checkpoint. Raises ValueError if the run, continued with `config`,
-    would end in other weights than it would have had."""
-    saved, state = load_checkpoint(run)
+def load_resumable(run: str | pathlib.Path, config: Config, rank: int) -> dict[str, Any]:
+    """The state of one rank in a run's checkpoint. Raises ValueError if the run, continued with
+    `config`, would end in other weights than it would have had."""
+    saved, ranks = load_checkpoint(run)
+    if len(ranks) != world_size():
+        raise ValueError(f"{run} was trained by {len(ranks)} ranks, and not {world_size()}")
     for name, now in dataclasses.asdict(config).items():
         then, free = getattr(saved, name), ", ".join(MAY_DIFFER)
         if now != then and name not in MAY_DIFFER:
             raise ValueError(f"{run} has {name} = {then}, not {now}; only {free} may change")
-    return state
+    return ranks[rank]
 
 
 def load(run: str | pathlib.Path) -> ActorCritic:
-    """The policy in a run's checkpoint, for use anywhere: `action, _ = load(run).act(obs)`."""
-    config, state = load_checkpoint(run)
-    env = make_env(1)
-    spaces = env.single_observation_space, env.single_action_space
-    policy = ActorCritic(*spaces, config.hidden, torch.Generator())
-    nn.utils.vector_to_parameters(state["tensors"]["weights"], policy.parameters())
+    """The policy in a run's checkpoint, for use anywhere: `action, _ = load(run).act(obs)`. If
+    it was trained on normalised observations, it normalises them by itself."""
+    config, ranks = load_checkpoint(run)
+    with contextlib.closing(MakeEnv(config.env)(1)) as env:
+        spaces = env.single_observation_space, env.single_action_space
+    policy, tensors = (
+        ActorCritic(*spaces, config.hidden, torch.Generator()),
+        ranks[0]["tensors"],
+    )
+    nn.utils.vector_to_parameters(tensors["weights"], policy.parameters())
+    if config.norm_obs:
+        policy.normalizer = Normalizer(math.prod(spaces[0].shape))
+        policy.normalizer.sums = tensors["obs_sums"]
     return policy
 
 
 def weights_hash(policy: ActorCritic) -> str:
-    """SHA-256 of the parameters' bytes, in order."""
-    weights = nn.utils.parameters_to_vector(policy.parameters()).detach()
-    return hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+    """SHA-256 of the parameters' bytes, in order. RuntimeError if ranks differ in it."""
+    weights = nn.utils.parameters_to_vector(policy.parameters()).detach().cpu().numpy()
+    hashes = set(of_all_ranks(hashlib.sha256(weights.tobytes()).hexdigest()))
+    if len(hashes) > 1:
+        raise RuntimeError("the ranks have different weights, which should be impossible")
+    return str(hashes.pop())
 
 
 class Report:
-    """Tells of a run as it happens: rows of log.csv, a progress line, bars that were passed."""
+    """Tells of a run as it happens: rows of log.csv, a progress line, bars that were passed.
+    Of several ranks, only rank 0 has a run, and the others are silent."""
 
-    def __init__(self, run: pathlib.Path, config: Config, learner: Learner) -> None:
-        self.config, self.learner, self.terminal = config, learner, sys.stdout.isatty()
+    def __init__(self, run: pathlib.Path | None, learner: Learner, updates: int) -> None:
+        self.run, self.learner, self.updates = run, learner, updates
+        self.terminal = sys.stdout.isatty()
         self.began = self.printed = time.perf_counter()
         rows = learner.rows
         self.done_before, self.seconds_before = len(rows), rows[-1]["seconds"] if rows else 0.0
         # A killed run may have logged more than it had saved: the log begins again from `rows`.
-        self.file = open(run / "log.csv", "w", newline="", encoding="utf-8")  # noqa: SIM115
+        path = run / "log.csv" if run else os.devnull
+        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115
         self.log = csv.DictWriter(self.file, COLUMNS)
         self.log.writeheader()
         self.log.writerows(rows)
-        size = f"{config.num_updates} updates of {config.batch_size} steps"
-        self.say(f"training {config.env}: {size}; everything is kept in {run}")
+        size = f"{updates} updates of {learner.config.batch_size * world_size()} steps"
+        self.say(f"training {learner.config.env}: {size}; everything is kept in {run}")
 
-    def say(self, text: str) -> None:
-        """Prints a line that stays."""
-        print(f"\r{text:<79}" if self.terminal else text, flush=True)
+    def times(self, began: float) -> dict[str, float]:
+        """The log's two wall-clock columns, for an update that began at `began`."""
+        now, config = time.perf_counter(), self.learner.config
+        rate = config.batch_size * world_size() / (now - began)
+        return {"seconds": self.seconds_before + now - self.began, "steps_per_second": rate}
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Prints a line that stays, or, with another end, one that the next line overwrites."""
+        if self.run:
+            print(f"\r{text:<79}" if self.terminal else text, end=end, flush=True)
 
     def add_last_row(self) -> None:
         """Logs the last update, and shows progress: in a terminal one line that changes, else
@@ -1487,92 +1706,100 @@ class Report:
         *earlier, row = self.learner.rows
         self.log.writerow(row)
         self.file.flush()
-        done, updates, now = len(earlier) + 1, self.config.num_updates, time.perf_counter()
+        done, updates, now = len(earlier) + 1, self.updates, time.perf_counter()
         seconds_left = (now - self.began) / (done - self.done_before) * (updates - done)
-        text = (
-            f"{row['steps']:>11,} steps {done / updates:5.0%}   return {row['mean_return']:.1f}"
-            f"   {row['steps_per_second']:,.0f} steps/s   {seconds_left:.0f} s left"
-        )
-        if self.terminal:
-            print(f"\r{text:<79}", end="", flush=True)
-        elif done in (self.done_before + 1, updates) or now - self.printed >= 5:
-            print(text, flush=True)
+        if self.terminal or done in (1, updates) or now - self.printed >= 5:
+            self.say(
+                f"{row['steps']:>11,} steps {done / updates:5.0%}   "
+                f"return {row['mean_return']:.1f}   {row['steps_per_second']:,.0f} steps/s   "
+                f"{seconds_left:.0f} s left",
+                end="" if self.terminal else "\n",
+            )
             self.printed = now
-        highest = max((r["mean_return"] for r in earlier if r["episodes"] >= 100), default=0.0)
-        for bar, name in BARS.get(self.config.env, {}).items():
-            if highest < bar <= row["mean_return"] and row["episodes"] >= 100:
+        best = max((r["mean_return"] for r in earlier if r["episodes"] >= 100), default=0.0)
+        for bar, name in BARS.items() if self.learner.config.env == "CartPole" else ():
+            if best < bar <= row["mean_return"] and row["episodes"] >= 100:
                 at = f"{row['steps']:,} steps, {row['seconds']:.1f} s"
                 self.say(f"passed {bar}, the bar of {name}: mean return of 100 episodes, {at}")
 
 
 @contextlib.contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Sets torch's number of threads, and puts the old one back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def torch_ready(config: Config) -> Iterator[int]:
+    """Sets torch's threads, and joins the processes that torchrun started, if it did; undoes
+    both afterwards. The value is this process's rank. ValueError if there is no such device."""
+    threads, distributed = torch.get_num_threads(), torch.distributed
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        yield
+        torch.set_num_threads(config.threads)
+        if together and config.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        torch.set_num_threads(threads)
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {config.device} cannot be used: {reason}") from None
+    try:
+        if together:
+            on_gpu = config.device == "cuda"
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        yield distributed.get_rank() if together else 0
     finally:
-        torch.set_num_threads(before)
+        if world_size() > 1:
+            distributed.destroy_process_group()
+        torch.set_num_threads(threads)
 
 
 def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result:
     """Trains as `config` says in a new folder under runs/, or, with `resume`, goes on with the
-    run in that folder; then evaluates the policy.
+    run in that folder; then evaluates the policy. Under torchrun, together with other ranks.
 
     Whatever ends training early, the state at the end of the last update is saved first. Raises
     ValueError for a run that cannot be resumed, or not with this config; WorkerError for a
     failed worker; OSError where files cannot be written.
     """
-    state = None if resume is None else load_resumable(resume, config)
-    pool = EnvPool(make_env, config.num_envs, config.workers)
-    with pool as envs, torch_threads(config.threads):
-        learner = Learner(config, envs)
-        policy, buffer = learner.policy, learner.buffer
-        if state is None:
-            obs, _ = envs.reset(seed=derive_seed(config.seed, "environments"))
-            buffer.obs[-1] = torch.from_numpy(obs)
-            state = learner.state()
-        else:
-            learner.restore(state)
-        run = new_run(config) if resume is None else pathlib.Path(resume)
-        report = Report(run, config, learner)
+    with contextlib.ExitStack() as stack:
+        rank = stack.enter_context(torch_ready(config))
+        saved = None if resume is None else load_resumable(resume, config, rank)
+        pool = EnvPool(MakeEnv(config.env), config.num_envs, config.workers)
+        learner = Learner(config, stack.enter_context(pool), rank)
+        learner.begin() if saved is None else learner.restore(saved)
+        run = None if rank else pathlib.Path(resume) if resume else new_run(config)
+        updates = config.num_updates // world_size()
+        report = Report(run, learner, updates)
+        stack.callback(report.file.close)
+        if saved and not pool.has_state:
+            report.say("these environments cannot be saved: going on with new episodes")
+        state = learner.state()
         try:
             save_checkpoint(run, config, state)
-            for update in range(learner.update, config.num_updates):
+            for update in range(learner.update, updates):
                 began = time.perf_counter()
                 learner.collect()  # 1. Collect.
-                with torch.no_grad():  # 2. Value.
-                    buffer.value[:] = policy.value(buffer.obs.flatten(0, 1)).view(
-                        -1, envs.num_envs
-                    )
-                batch = buffer.batch(config.gamma, config.gae_lambda)  # 3. Advantage.
+                learner.estimate()  # 2. Value.
+                batch = learner.buffer.batch(config.gamma, config.gae_lambda)  # 3. Advantage.
                 # The rate is full at the first update, and not yet zero at the last.
-                left = 1 - update / config.num_updates if config.anneal else 1.0
-                rate, shuffler = config.learning_rate * left, learner.generators["minibatches"]
-                row = ppo_update(policy, learner.optimizer, batch, config, rate, shuffler)  # 4.
-                learner.update += 1
-                now = time.perf_counter()
-                row |= learner.statistics(batch) | {"learning_rate": rate}
-                row["seconds"] = report.seconds_before + now - report.began
-                row["steps_per_second"] = config.batch_size / (now - began)
-                learner.rows = [*learner.rows, row]
+                rate = config.learning_rate * (1 - config.anneal * update / updates)
+                stats = learner.improve(batch, rate)  # 4. Improve.
+                row = learner.statistics(batch) | stats | {"learning_rate": rate}
+                learner.rows = [*learner.rows, row | report.times(began)]
                 state = learner.state()  # from here on, this update cannot be lost
                 report.add_last_row()  # 5. Report.
                 if learner.update % config.checkpoint_every == 0:
                     save_checkpoint(run, config, state)
             save_checkpoint(run, config, state)
-            evaluation = evaluate(policy, config)  # 6. Repeat, done; evaluate.
+            learner.policy.normalizer = learner.obs_norm if config.norm_obs else None
+            evaluation = evaluate(learner.policy, config)  # 6. Repeat, done; evaluate.
         except BaseException:
-            save_checkpoint(run, config, state)
-            at = f"stopped after update {state['update']} of {config.num_updates}"
-            report.say(f"{at}; to go on: python thrust.py --resume {run}")
+            if (
+                world_size() == 1
+            ):  # other ranks may have ended: then the last checkpoint must do
+                save_checkpoint(run, config, state)
+                at = f"stopped after update {state['update']} of {updates}"
+                report.say(f"{at}; to go on: python thrust.py --resume {run}")
             raise
-        finally:
-            report.file.close()
-    report.say(str(evaluation))
-    report.say(f"weights: {weights_hash(policy)}")
-    return Result(policy, learner.rows, evaluation, run)
+        report.say(str(evaluation))
+        report.say(f"weights: {weights_hash(learner.policy)}")
+        return Result(learner.policy, learner.rows, evaluation, run or pathlib.Path(os.devnull))
 
 
 # ==============================================================================================
@@ -1607,6 +1834,8 @@ def build_parser() -> Parser:
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--resume", metavar="RUN", help="go on with the run in the folder RUN")
     runs.add_argument("--evaluate", metavar="RUN", help="evaluate the policy in the folder RUN")
+    show = "with --evaluate: show one episode, or --eval-episodes, in the environment's own way"
+    parser.add_argument("--render", action="store_true", help=show)
     for field in dataclasses.fields(Config):
         kind, default = field.metadata["kind"], field.default
         options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
@@ -1625,6 +1854,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     knobs = vars(parser.parse_args(argv))
     resume, evaluated = knobs.pop("resume", None), knobs.pop("evaluate", None)
+    render_mode = "human" if knobs.pop("render", False) else None
+    if render_mode and not evaluated:
+        parser.error("--render needs --evaluate RUN")
+    if render_mode:
+        knobs = {"eval_episodes": 1, **knobs}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run = resume or evaluated
@@ -1637,8 +1871,8 @@ def main(argv: list[str] | None = None) -> int:
             train(config, resume=resume)
             return 0
         policy = load(evaluated)
-        with torch_threads(config.threads):
-            print(evaluate(policy, config))
+        with torch_ready(config):
+            print(evaluate(policy, config, render_mode))
         print(f"weights: {weights_hash(policy)}")
         return 0
     except KeyboardInterrupt:
