@@ -1330,7 +1330,9 @@ def test_an_error_in_training_saves_the_last_update_and_says_how_to_go_on(in_tmp
 
 def trained(*flags):
     """Trains from flags, as the command line would, for three small updates."""
-    sizes = "--num-envs 4 --num-steps 32 --minibatch-size 64 --total-steps 384 --eval-episodes 2"
+    sizes = (
+        "--num-envs 4 --num-steps 32 --minibatch-size 64 --total-steps 384 --eval-episodes 2"
+    )
     assert thrust.main([*sizes.split(), *flags]) == 0
 
 
@@ -1392,7 +1394,9 @@ def test_moments_are_those_of_everything_counted():
     mean, std = norm.moments()
     torch.testing.assert_close(mean, rows.mean(0).float())
     torch.testing.assert_close(std, rows.std(0, correction=0).float())
-    torch.testing.assert_close(norm(rows.float()), ((rows - mean) / std).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        norm(rows.float()), ((rows - mean) / std).float(), rtol=1e-4, atol=1e-4
+    )
     assert norm(torch.tensor([[1e9, -1e9, 0]])).tolist()[0][:2] == [10, -10]
 
 
@@ -1402,7 +1406,10 @@ def test_the_buffer_keeps_the_observations_that_the_policy_saw():
         learner, shadow, seen = thrust.Learner(config, envs), Short(8), []
         learner.begin()
         act = learner.policy.act
-        learner.policy.act = lambda obs, **options: (seen.append(obs.clone()), act(obs, **options))[1]
+        learner.policy.act = lambda obs, **options: (
+            seen.append(obs.clone()),
+            act(obs, **options),
+        )[1]
         raw, _ = shadow.reset(seed=thrust.derive_seed(0, "environments", 0, 0))
         for _ in range(3):
             learner.collect()
@@ -1589,15 +1596,21 @@ def test_gymnasiums_wrappers_accept_a_cartpole_made_as_readme_shows():
     lengths = []
     for _ in range(100):
         _, _, terminated, truncated, info = env.step(np.zeros(4, np.int64))
-        lengths += info["episode"]["l"][terminated | truncated].tolist() if "episode" in info else []
-    assert lengths and all(7 <= length <= 12 for length in lengths)  # always left: falls at once
+        lengths += (
+            info["episode"]["l"][terminated | truncated].tolist() if "episode" in info else []
+        )
+    assert lengths and all(
+        7 <= length <= 12 for length in lengths
+    )  # always left: falls at once
 
 
 def test_a_device_that_is_not_there_is_one_sentence(in_tmp, capsys):
     missing = "cuda" if not torch.cuda.is_available() else "mps"
     assert thrust.main(["--device", missing]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"thrust: device {missing} cannot be used") and error.count("\n") == 1
+    assert (
+        error.startswith(f"thrust: device {missing} cannot be used") and error.count("\n") == 1
+    )
 
 
 # --- several processes that train together
@@ -1613,7 +1626,9 @@ def torchrun(folder, *flags):
     return done.stdout.splitlines()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no distributed"
+)
 def test_two_ranks_train_one_policy_that_can_be_resumed(in_tmp):
     flags = "--num-envs 4 --num-steps 16 --minibatch-size 32 --total-steps 1280 --norm-obs"
     flags += " --norm-reward --target-kl 0.002 --eval-episodes 4 --checkpoint-every 3"

@@ -161,17 +161,24 @@ class Config:
         def require(names: str, possible: Any, rule: str) -> None:
             for name in names.split():
                 value = getattr(self, name)
-                if not possible(value):
+                try:
+                    fits = possible(value)
+                except TypeError:  # not even comparable
+                    fits = False
+                if not fits:
                     raise ValueError(f"{name} = {value!r} is not possible: it must be {rule}")
 
         def whole(value: Any) -> bool:
-            return isinstance(value, int) and value >= 1
+            return type(value) is int and value >= 1
 
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list will do as well
+        if isinstance(self.hidden, list):
+            object.__setattr__(self, "hidden", tuple(self.hidden))
         # Each rule is put so that NaN fails it: every comparison with NaN is false.
         sizes = "num_envs num_steps total_steps minibatch_size epochs threads checkpoint_every"
         require(sizes + " eval_episodes", whole, "a whole number, at least 1")
-        require("seed workers", lambda v: v == 0 or whole(v), "a whole number, 0 or more")
+        require("seed workers", lambda v: whole(v + 1), "a whole number, 0 or more")
+        require("env device", lambda v: isinstance(v, str) and v, "a name")
+        require("anneal norm_obs norm_reward", lambda v: type(v) is bool, "True or False")
         require("hidden", lambda v: all(map(whole, v)), "whole numbers, at least 1 each")
         require("gamma gae_lambda", lambda v: 0 <= v <= 1, "from 0 to 1")
         require("clip", lambda v: 0 < v < 1, "above 0 and below 1")
@@ -458,7 +465,7 @@ class CartPole:
 #
 # The learner never waits blindly: ten times a second it checks whether the worker is alive, and
 # whether its time is up. A worker has a thread that waits for the learner's process to end, and
-# then ends the worker, even if that is stuck inside an environment.
+# then ends the worker, even if that is stuck inside an environment's Python code.
 #
 # A pool wins where environments are slow. It loses where stepping the whole batch takes less
 # time than handing it over and back, or no core is free, or the run is short: starting the
@@ -499,21 +506,31 @@ def _build(make_env: Any, num_envs: int) -> Any:
     return env
 
 
-def _layout(env: Any, num_envs: int, workers: int) -> dict[str, Any]:
-    """{name: (shape, dtype)} of all arrays that the learner shares with its workers."""
+def _layout(env: Any, num_envs: int) -> dict[str, Any]:
+    """{name: (shape, dtype)} of the arrays that learner and workers share, all with N rows."""
     obs, action = env.single_observation_space, env.single_action_space
-    rows = {"action": action, "obs": obs, "final_obs": obs}
-    layout = {name: ((num_envs, *space.shape), space.dtype) for name, space in rows.items()}
-    layout["reward"] = ((num_envs,), np.dtype(np.float64))
-    layout["terminated"] = layout["truncated"] = ((num_envs,), np.dtype(bool))
-    if hasattr(env, "state"):
-        env.reset(seed=0)  # so that there is one, and its arrays can be measured
-        for name, value in env.state().items():
-            layout["state:" + name] = ((num_envs, *value.shape[1:]), value.dtype)
-    layout["seed"] = ((2,), np.dtype(np.int64))  # whether there is one, and which
-    layout["command"] = ((max(workers, 1),), np.dtype(np.uint8))
-    layout["error"] = ((max(workers, 1), 8192), np.dtype(np.uint8))  # a traceback, as UTF-8
-    return layout
+    rows = {
+        "command": ((), np.uint8),
+        "seed": ((), np.int64),  # for reset; -1 if there is none
+        "action": (action.shape, action.dtype),
+        "obs": (obs.shape, obs.dtype),
+        "final_obs": (obs.shape, obs.dtype),
+        "reward": ((), np.float64),
+        "terminated": ((), np.bool_),
+        "truncated": ((), np.bool_),
+    }
+    if _has_state(env):
+        env.reset(seed=0)  # so that there is a state, whose arrays can be measured
+        rows |= {
+            "state:" + k: (array.shape[1:], array.dtype) for k, array in env.state().items()
+        }
+    return {
+        name: ((num_envs, *shape), np.dtype(dtype)) for name, (shape, dtype) in rows.items()
+    }
+
+
+def _has_state(env: Any) -> bool:
+    return callable(getattr(env, "state", None)) and callable(getattr(env, "set_state", None))
 
 
 def _arrays_in(memory: dict[str, Any], layout: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -526,36 +543,28 @@ def _state_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k.removeprefix(start): a.copy() for k, a in arrays.items() if k.startswith(start)}
 
 
-class _Slice:
-    """The environments first ... stop-1 of a pool, and their rows of its arrays."""
-
-    def __init__(self, make_env: Any, rows: tuple[int, int], arrays: dict[str, np.ndarray]):
-        first, stop = rows
-        self.env, self.first, self.seed = _build(make_env, stop - first), first, arrays["seed"]
-        whole = ("seed", "command", "error")
-        self.rows = {k: array[first:stop] for k, array in arrays.items() if k not in whole}
-
-    def run(self, command: int) -> None:
-        """Does what `command` says; its arguments and results are in the arrays."""
-        env, rows = self.env, self.rows
-        if command == STEP:
-            obs, rows["reward"][:], terminated, truncated, info = env.step(rows["action"])
-            rows["obs"][:] = obs
-            rows["terminated"][:], rows["truncated"][:] = terminated, truncated
-            ended = np.logical_or(terminated, truncated).nonzero()[0]
-            if ended.size:
-                final = info["final_obs"][ended]  # Gymnasium's is an array of objects
-                rows["final_obs"][ended] = np.stack(final) if final.dtype == object else final
-        elif command == RESET:
-            given, seed = self.seed.tolist()
-            rows["obs"][:] = env.reset(seed=seed + self.first if given else None)[0]
-        elif command == GET_STATE:
-            for name, value in env.state().items():
-                rows["state:" + name][:] = value
-        elif command == SET_STATE:
-            env.set_state(_state_of(rows))
-        else:
-            env.close()
+def _obey(env: Any, rows: dict[str, np.ndarray]) -> int:
+    """Does what the command says to the environments whose rows these are, and returns it."""
+    command = int(rows["command"][0])
+    if command == STEP:
+        obs, rows["reward"][:], terminated, truncated, info = env.step(rows["action"])
+        rows["obs"][:] = obs
+        rows["terminated"][:], rows["truncated"][:] = terminated, truncated
+        ended = np.logical_or(terminated, truncated).nonzero()[0]
+        if ended.size:
+            final = info["final_obs"][ended]  # Gymnasium's is an array of objects
+            rows["final_obs"][ended] = np.stack(final) if final.dtype == object else final
+    elif command == RESET:
+        seed = int(rows["seed"][0])  # the first environment's; the others' follow from it
+        rows["obs"][:] = env.reset(seed=None if seed < 0 else seed)[0]
+    elif command == GET_STATE:
+        for name, value in env.state().items():
+            rows["state:" + name][:] = value
+    elif command == SET_STATE:
+        env.set_state(_state_of(rows))
+    else:
+        env.close()
+    return command
 
 
 def _acquire(semaphore: Any, timeout: float | None) -> bool:
@@ -570,23 +579,31 @@ def _acquire(semaphore: Any, timeout: float | None) -> bool:
 
 
 def _worker(
-    worker: int, make_env: Any, rows: Any, memory: Any, layout: Any, go: Any, done: Any
+    make_env: Any,
+    first: int,
+    stop: int,
+    memory: Any,
+    layout: Any,
+    report: Any,
+    go: Any,
+    done: Any,
 ) -> None:
-    """What a worker process runs: it builds its slice, and obeys until it is told to close."""
+    """What a worker process runs: it builds its environments, and obeys until told to close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle
     threading.Thread(target=_follow_learner, daemon=True).start()
-    arrays = _arrays_in(memory, layout)
     try:
-        environments = _Slice(make_env, rows, arrays)
+        arrays = _arrays_in(memory, layout)
+        rows, env = (
+            {k: a[first:stop] for k, a in arrays.items()},
+            _build(make_env, stop - first),
+        )
         command = None
         while command != CLOSE:
             done.release()  # at first: built; later: done with the last command
             _acquire(go, None)
-            command = int(arrays["command"][worker])
-            environments.run(command)
+            command = _obey(env, rows)
     except BaseException:
-        text = traceback.format_exc().encode()[-arrays["error"].shape[1] :]  # its end says most
-        arrays["error"][worker, : len(text)] = np.frombuffer(text, np.uint8)
+        report.value = traceback.format_exc().encode()[-len(report) + 1 :]  # its end says most
         done.release()
         raise SystemExit(1) from None
 
@@ -598,15 +615,19 @@ def _follow_learner() -> None:
     os._exit(1)
 
 
-def _end(workers: list[Any], command: np.ndarray, grace: float) -> None:
+def _end(workers: list[Any], command: np.ndarray, grace: float, owner: int) -> None:
     """Tells the workers to close, and kills those that have not ended in `grace` seconds."""
-    command[:] = CLOSE
-    for _, go, _ in workers:
-        go.release()
-    deadline = time.monotonic() + grace
-    for process, _, _ in workers:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
+    if os.getpid() != owner:  # a process forked from the learner has a copy of the pool
+        return
+    try:
+        command[:] = CLOSE
+        for _, go, _, _ in workers:
+            go.release()
+        deadline = time.monotonic() + grace
+        for process, _, _, _ in workers:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # also after Ctrl-C
+        for process, _, _, _ in workers:
             process.kill()
             process.join(1.0)
 
@@ -646,25 +667,24 @@ class EnvPool:
             raise ValueError(f"a pool needs 1 or more environments, 0 to N workers; got {got}")
         self.num_envs, self.timeout, self._closed = num_envs, timeout, False
         self._pending: int | None = None  # the command that was posted and not yet collected
-        self._workers: list[tuple[Any, Any, Any]] = []  # process, go, done
-        self._slice: _Slice | None = None
-        self._bounds = [num_envs * w // max(workers, 1) for w in range(max(workers, 1) + 1)]
+        self._workers: list[tuple[Any, Any, Any, Any]] = []  # process, go, done, report
+        self._env: Any = None  # without workers
 
         env = _build(make_env, 1)  # only to ask it
         self.single_observation_space = env.single_observation_space
         self.single_action_space = env.single_action_space
-        self.has_state = hasattr(env, "state")
-        layout = _layout(env, num_envs, workers)
+        self.has_state = _has_state(env)
+        layout = _layout(env, num_envs)
         env.close()
-        sizes = {k: math.prod(shape) * dtype.itemsize for k, (shape, dtype) in layout.items()}
         if workers > 0:
-            self._start(make_env, layout, sizes, start_method)
+            self._start(make_env, layout, workers, start_method)
         else:
-            memory = {name: bytearray(size) for name, size in sizes.items()}
-            self._arrays = _arrays_in(memory, layout)
-            self._slice = _Slice(make_env, (0, num_envs), self._arrays)
+            self._arrays = {k: np.zeros(shape, dtype) for k, (shape, dtype) in layout.items()}
+            self._env = _build(make_env, num_envs)
 
-    def _start(self, make_env: Any, layout: Any, sizes: Any, start_method: str | None) -> None:
+    def _start(
+        self, make_env: Any, layout: Any, workers: int, start_method: str | None
+    ) -> None:
         if start_method is None:
             has_server = "forkserver" in mp.get_all_start_methods()
             start_method = "forkserver" if has_server else "spawn"
@@ -678,20 +698,24 @@ class EnvPool:
                     f"level of a module, not a lambda or defined inside a function ({error})"
                 ) from None
         if start_method == "forkserver":
-            context.set_forkserver_preload(["__main__", "numpy", "torch"])
+            context.set_forkserver_preload(["numpy", "torch"])
         # On Linux a RawArray's file is unlinked as soon as it is open: it cannot be left
         # behind.
+        sizes = {k: math.prod(shape) * dtype.itemsize for k, (shape, dtype) in layout.items()}
         memory = {name: context.RawArray("b", size) for name, size in sizes.items()}
         self._arrays = _arrays_in(memory, layout)
-        shared = self._workers, self._arrays["command"]
-        self._finalizer = weakref.finalize(self, _end, *shared, 1.0)  # if nobody calls close()
+        shared = self._workers, self._arrays["command"], 1.0, os.getpid()
+        self._finalizer = weakref.finalize(self, _end, *shared)  # if nobody calls close()
+        bounds = [self.num_envs * w // workers for w in range(workers + 1)]
         try:
-            for w, rows in enumerate(zip(self._bounds, self._bounds[1:])):
+            for w, (first, stop) in enumerate(zip(bounds, bounds[1:])):
                 go, done = context.Semaphore(0), context.Semaphore(0)
-                arguments = (w, make_env, rows, memory, layout, go, done)
+                report = context.RawArray("c", 8192)
+                arguments = (make_env, first, stop, memory, layout, report, go, done)
                 process = context.Process(target=_worker, args=arguments, daemon=True)
+                process.name = f"worker {w} (environments {first} to {stop - 1})"
                 process.start()
-                self._workers.append((process, go, done))
+                self._workers.append((process, go, done, report))
             self._wait("starting", max(self.timeout, 60.0))  # with all that it imports
         except BaseException:
             self.close(0.2)
@@ -700,7 +724,7 @@ class EnvPool:
     @property
     def pids(self) -> list[int]:
         """The workers' process ids."""
-        return [process.pid for process, _, _ in self._workers]
+        return [process.pid for process, _, _, _ in self._workers]
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -708,7 +732,9 @@ class EnvPool:
         """Begins an episode everywhere: (obs, {}). Environment i is seeded seed + i."""
         if options:
             raise ValueError(f"a pool passes no reset options on, got {options}")
-        self._post(RESET, seed=(seed is not None, seed or 0))
+        if seed is not None and not 0 <= seed <= 2**63 - self.num_envs:
+            raise ValueError(f"seed must be from 0 to 2**63 - num_envs, got {seed}")
+        self._post(RESET, seed=-1 if seed is None else np.arange(self.num_envs) + seed)
         self._collect()
         return self._arrays["obs"], {}
 
@@ -745,6 +771,10 @@ class EnvPool:
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Goes on from what `state` returned, with this or another number of workers."""
+        own = {name: array.shape for name, array in _state_of(self._arrays).items()}
+        given = {name: np.shape(array) for name, array in state.items()}
+        if own != given:
+            raise ValueError(f"a state of these environments is {own}, got {given}")
         self._post(SET_STATE, **{"state:" + name: array for name, array in state.items()})
         self._collect()
 
@@ -753,12 +783,11 @@ class EnvPool:
         called again."""
         if self._closed:
             return
-        self._closed = True
-        if self._slice is not None:
-            self._slice.env.close()
-        else:
-            self._finalizer.detach()
-            _end(self._workers, self._arrays["command"], grace)
+        self._closed, self._pending = True, None
+        if self._workers:
+            _end(self._workers, self._arrays["command"], grace, os.getpid())
+        elif self._env is not None:
+            self._env.close()
 
     def __enter__(self) -> "EnvPool":
         return self
@@ -778,42 +807,38 @@ class EnvPool:
             self._arrays[name][...] = value
         self._pending = command
         self._arrays["command"][:] = command
-        for _, go, _ in self._workers:
+        for _, go, _, _ in self._workers:
             go.release()
 
     def _collect(self) -> None:
         """Waits for what `_post` began; without workers, this is where it is done."""
-        command, self._pending = self._pending, None
-        assert command is not None
-        if self._slice is not None:
-            self._slice.run(command)
-            return
         try:
-            self._wait(DOING[command], self.timeout)
-        except BaseException:  # Ctrl-C too: from here on, learner and workers are out of step
-            self.close(0.2)
+            if self._env is not None:
+                _obey(self._env, self._arrays)
+            else:
+                self._wait(DOING[self._pending or 0], self.timeout)
+        except BaseException:  # Ctrl-C too: workers and learner are out of step from here on
+            if self._workers:
+                self.close(0.2)
             raise
+        finally:
+            self._pending = None
 
     def _wait(self, doing: str, timeout: float) -> None:
         """Waits until every worker is done; raises WorkerError for one that failed."""
         deadline = time.monotonic() + timeout
-        for w, (process, _, done) in enumerate(self._workers):
-            problem = ""
-            while not problem:
-                alive = process.is_alive()  # before waiting: it may release `done`, then exit
-                if _acquire(done, 0.1):
-                    break
+        for w, (process, _, done, report) in enumerate(self._workers):
+            alive, problem = True, ""
+            while not problem and not _acquire(done, 0.1):
                 if not alive:
                     problem = f"died with exit code {process.exitcode} while {doing}"
                 elif time.monotonic() > deadline:
                     problem = f"was still {doing} after {timeout:g} s"
-            error = self._arrays["error"][w]
-            if not problem and error[0]:
-                text = error.tobytes().rstrip(b"\0").decode(errors="replace")
-                problem = f"raised while {doing}:\n{text}"
+                alive = process.is_alive()  # if not, it may have released `done` just before
+            if report.value:
+                problem = f"raised while {doing}:\n{report.value.decode(errors='replace')}"
             if problem:
-                rows = f"environments {self._bounds[w]} to {self._bounds[w + 1] - 1}"
-                raise WorkerError(f"worker {w} ({rows}) {problem}", w, process.exitcode)
+                raise WorkerError(f"{process.name} {problem}", w, process.exitcode)
 
 
 # ==============================================================================================
@@ -913,7 +938,7 @@ class ActorCritic(nn.Module):
         """
         outputs = self.actor(self._flat(obs))
         action = self._choose(outputs, greedy, generator).view(-1, *self.action_space.shape)
-        return action, self._logprob_and_entropy(outputs, action)[0]
+        return action, self._logprob(outputs, action)
 
     def evaluate(
         self, obs: np.ndarray | torch.Tensor, action: torch.Tensor
@@ -921,8 +946,9 @@ class ActorCritic(nn.Module):
         """What the networks, as they are now, say of actions taken earlier: (logprob, entropy,
         value), each (N,) and differentiable."""
         flat = self._flat(obs)
-        logprob, entropy = self._logprob_and_entropy(self.actor(flat), action)
-        return logprob, entropy, self.critic(flat).squeeze(-1)
+        outputs = self.actor(flat)
+        value = self.critic(flat).squeeze(-1)
+        return self._logprob(outputs, action), self._entropy(outputs), value
 
     def value(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """V of each observation: (N, *shape) → (N,)."""
@@ -961,23 +987,27 @@ class ActorCritic(nn.Module):
         logits = torch.split(outputs, self.choices, -1)  # n of (N, A)
         return torch.stack([its.argmax(-1) for its in logits], -1)
 
-    def _logprob_and_entropy(
-        self, outputs: torch.Tensor, action: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log π(a|s), and the entropy -Σ π·log π: log A where A choices are equally probable, 0
-        where one is certain. (N, outputs), (N, *shape) → (N,), (N,)."""
-        action = action.reshape(len(action), -1)  # (N, choices)
+    def _logprob(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """log π(a|s): (N, outputs), (N, *shape) → (N,)"""
+        action = action.flatten(1) if action.dim() > 1 else action.unsqueeze(1)  # (N, choices)
         if self.kinds[1] == "Box":
             normal: Any = torch.distributions.Normal(outputs, self.log_std.exp(), False)
-            return normal.log_prob(action).sum(-1), normal.entropy().sum(-1)
-        logprob = entropy = torch.zeros(())
-        for logits, chosen in zip(
-            torch.split(outputs, self.choices, -1), torch.split(action, 1, -1)
-        ):
+            return torch.sum(normal.log_prob(action), -1)
+        pairs = zip(torch.split(outputs, self.choices, -1), action.unbind(-1))
+        losses = [nn.functional.cross_entropy(o, a, reduction="none") for o, a in pairs]
+        return -torch.stack(losses).sum(0)
+
+    def _entropy(self, outputs: torch.Tensor) -> torch.Tensor:
+        """-Σ π·log π: log A where A choices are equally probable, 0 where one is certain."""
+        if self.kinds[1] == "Box":
+            return (
+                (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(outputs))
+            )
+        entropy = torch.zeros(())
+        for logits in torch.split(outputs, self.choices, -1):
             logprobs = logits.log_softmax(-1)  # (N, A)
-            logprob = logprob + logprobs.gather(-1, chosen).squeeze(-1)
             entropy = entropy - (logprobs.exp() * logprobs).sum(-1)
-        return logprob, entropy
+        return entropy
 
 
 # ==============================================================================================
@@ -1860,6 +1890,8 @@ def main(argv: list[str] | None = None) -> int:
     if render_mode:
         knobs = {"eval_episodes": 1, **knobs}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for stream in (sys.stdout, sys.stderr):  # a console without ± is no reason to fail
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         run = resume or evaluated
         saved = load_checkpoint(run)[0] if run else Config()
