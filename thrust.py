@@ -1415,23 +1415,18 @@ class MakeEnv(NamedTuple):
 
 class Normalizer:
     """Shifts and scales K numbers by their mean and deviation, as measured over all rows that
-    were counted up to the last `update`, and keeps the result within ±10."""
+    were ever counted, by all ranks, and keeps the result within ±10."""
 
     def __init__(self, size: int) -> None:
         self.sums = torch.zeros(3, size, dtype=torch.float64)  # of 1, x and x² over all rows
-        self.new = self.sums.clone()  # the same, since the last update
 
     def count(self, x: torch.Tensor) -> None:
         """Counts k more rows, (k, K)."""
-        self.new += torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
-
-    def update(self) -> None:
-        """Once per rollout, and not at every step: ranks have to agree on it."""
-        self.sums += mean_over_ranks(self.new) * world_size()
-        self.new.zero_()
+        sums = torch.stack([torch.ones_like(x), x, x.square()]).sum(1, dtype=torch.float64)
+        self.sums += mean_over_ranks(sums) * world_size()
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation, float32 (K,) each; 0 and 1 before the first update."""
+        """Mean and deviation, float32 (K,) each; 0 and 1 before anything was counted."""
         number = self.sums[0].clamp(min=1)
         mean, square = self.sums[1] / number, self.sums[2] / number
         std = (square - mean.square()).clamp(min=1e-8).sqrt() if self.sums[0].all() else number
@@ -1539,9 +1534,6 @@ class Learner:
     def collect(self) -> None:
         """Plays T steps in every environment, and fills the buffer."""
         buffer, policy, config = self.buffer, self.policy, self.config
-        self.obs_norm.update()
-        self.reward_norm.update()
-        _, reward_std = self.reward_norm.moments()
         buffer.obs[0] = buffer.obs[-1]  # goes on where the last rollout stopped
         for t in range(config.num_steps):
             action, logprob = policy.act(buffer.obs[t], generator=self.generators["actions"])
@@ -1552,7 +1544,7 @@ class Learner:
             if config.norm_reward:
                 self.running[2] = config.gamma * self.running[2] + reward
                 self.reward_norm.count(self.running[2].unsqueeze(1))
-                reward = (reward / reward_std).clamp(-10, 10)
+                reward = (reward / self.reward_norm.moments()[1]).clamp(-10, 10)
             buffer.add(t, action, logprob, self.seen(obs), reward, terminated, truncated)
             if truncated.any():  # the one value that is needed at once: final_obs will be gone
                 cut = truncated.nonzero()[0]
