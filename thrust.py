@@ -13,7 +13,8 @@ true once the way of playing has changed.
 This file is the whole of it: a game (balancing a pole on a cart, many of them at once), worker
 processes that play games in parallel, the networks, the arithmetic that says which actions
 deserve the credit, the loss, the training loop and a command line. It needs NumPy and PyTorch,
-nothing else. It is not a framework: no recurrent networks, no replay memory, no self-play, no
+nothing else; with Gymnasium it trains on other games too, and with torchrun in several
+processes. It is not a framework: no recurrent networks, no replay memory, no self-play, no
 hyperparameter sweeps, no callbacks, no plugins.
 
     python thrust.py           train; within seconds the pole stays up for all of its 500 steps
@@ -27,12 +28,12 @@ PPO in six steps. The training loop, at the end of part 7, carries the same numb
     4. Improve.    Go over the data a few times, in small shuffled batches: make actions that
                    went better than expected more probable and the others less, but stop pushing
                    where a probability has moved far enough; and correct the second network.
-    5. Report.     Log what happened, and save a checkpoint. The data is not used again: it was
-                   played by a policy that no longer exists.
+    5. Report.     Log what happened; every few rounds, save a checkpoint. The data is not used
+                   again: it was played by a policy that no longer exists.
     6. Repeat      from 1 until the budget of steps is spent; then evaluate the final policy.
 
-The parts, each using only what stands above it. Under its heading, each says what it needs if
-it is copied elsewhere: imports, and which earlier parts.
+The parts. The code of each uses only what stands above it, and under its heading each says what
+it needs where it is copied to: imports, and earlier parts together with theirs.
 
     1. Config         the knobs               5. RolloutBuffer  storage, and advantages (GAE)
     2. CartPole       the game                6. PPO            the loss and the update
@@ -47,7 +48,8 @@ a *rollout* some number of steps that need not end anywhere. The *policy*, writt
 is the sum of the rewards of an episode; the *value* of a state is the sum of rewards that the
 policy can expect from there, later ones counting less. An *epoch* is one pass over a rollout,
 in pieces called *minibatches*.
-Letters, which mean the same in every part:
+
+The main letters, the same in every part:
 
     N  environments played side by side        γ  discount: a reward k steps away counts γᵏ
     T  steps in one rollout of each of them    λ  how much advantages rely on rewards that were
@@ -84,8 +86,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, Iterator, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -101,10 +102,9 @@ from torch.optim.adam import adam
 # config.json that a run leaves behind.
 #
 # The defaults solve CartPole in seconds on a laptop. One of them is unusual: the learning rate
-# is 25 times the common 3e-4. CartPole's physics have no noise, and it pays the same for every
-# step, so what a rollout says about an action is fairly reliable, and large changes of the
-# weights are safe; and as the rate falls towards zero, large changes come first and careful
-# ones last.
+# is 27 times the common 3e-4. It was found by trial: CartPole is easy enough to be learned in
+# large changes of the weights, as long as they come first, and the rate falls towards zero for
+# careful ones at the end. Most other games want less.
 # ==============================================================================================
 
 
@@ -117,7 +117,7 @@ def knob(default: Any, help: str, kind: type | None = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run is told. Immutable; `dataclasses.replace` makes a changed copy. Raises
+    """All settings of a run. Immutable; `dataclasses.replace` makes a changed copy. Raises
     ValueError with one sentence that names the field, the value and the rule."""
 
     env: str = knob("CartPole", "CartPole, any id that Gymnasium knows, or module:callable")
@@ -131,15 +131,13 @@ class Config:
     anneal: bool = knob(True, "lower the learning rate linearly, update by update, towards 0")
     gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count")
     gae_lambda: float = knob(0.9, "λ; 0: advantages rely on expected rewards, 1: on those seen")
-    clip: float = knob(0.2, "ε: change of a probability, as a fraction, that is pushed for")
+    clip: float = knob(0.2, "ε: a probability is pushed no further than this, as a fraction")
     ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore for longer")
     vf_coef: float = knob(0.5, "weight of the value network's mean squared error")
-    max_grad_norm: float = knob(0.5, "longest gradient; longer ones are scaled down to it")
-    target_kl: float | None = knob(
-        None, "end an update once approx_kl (part 7) exceeds this", float
-    )
-    norm_obs: bool = knob(False, "shift and scale observations by their mean and deviation")
-    norm_reward: bool = knob(False, "scale rewards by the deviation of discounted returns")
+    max_grad_norm: float = knob(0.5, "gradients longer than this are scaled down to it")
+    target_kl: float | None = knob(None, "end an update once the KL is above this", float)
+    norm_obs: bool = knob(False, "shift and scale observations by mean and standard deviation")
+    norm_reward: bool = knob(False, "scale rewards by the standard deviation of returns")
     hidden: tuple[int, ...] = knob((64, 64), "widths of each network's hidden layers", int)
     workers: int = knob(0, "processes that step the environments; 0: this one does (part 3)")
     device: str = knob("cpu", "where the networks live and learn: cpu, cuda or mps")
@@ -166,7 +164,7 @@ class Config:
                 except TypeError:  # not even comparable
                     fits = False
                 if not fits:
-                    raise ValueError(f"{name} = {value!r} is not possible: it must be {rule}")
+                    raise ValueError(f"{name} = {value!r} is not allowed: it must be {rule}")
 
         def whole(value: Any) -> bool:
             return type(value) is int and value >= 1
@@ -176,7 +174,7 @@ class Config:
         # Each rule is put so that NaN fails it: every comparison with NaN is false.
         sizes = "num_envs num_steps total_steps minibatch_size epochs threads checkpoint_every"
         require(sizes + " eval_episodes", whole, "a whole number, at least 1")
-        require("seed workers", lambda v: whole(v + 1), "a whole number, 0 or more")
+        require("seed workers", lambda v: v == 0 or whole(v), "a whole number, 0 or more")
         require("env device", lambda v: isinstance(v, str) and v, "a name")
         require("anneal norm_obs norm_reward", lambda v: type(v) is bool, "True or False")
         require("hidden", lambda v: all(map(whole, v)), "whole numbers, at least 1 each")
@@ -198,12 +196,13 @@ class Config:
 #
 # A pole stands on a cart, hinged at its foot. At every step, 50 times a second, the player
 # pushes the cart with a fixed force to the left (action 0) or to the right (action 1), and is
-# paid 1. The game is lost when the pole leans over 12 degrees or the cart leaves the track.
+# paid 1. The game is lost when the pole leans by more than 12 degrees or the cart leaves the
+# track.
 #
-# Why a batch of N poles, and not one? A NumPy call costs about half a microsecond before it
+# Why N poles at once, and not one? A NumPy call costs about half a microsecond before it
 # touches a number. One pole at a time pays that forty times per step; N poles in one array pay
 # it forty times for all of them. Each quantity is one row of N numbers ("structure of arrays"),
-# so that every call runs over contiguous memory, and writes into memory that exists already.
+# so that every call runs over contiguous memory; and `out=` writes into memory that exists.
 #
 # An episode can end in two ways, and the difference matters later (part 5):
 #
@@ -221,9 +220,9 @@ class Config:
 # operations below is Gymnasium's: a tidier formula would round differently, and a balanced pole
 # soon amplifies a last bit into another game.
 #
-# The methods are those of Gymnasium's vector environments too, and an environment that has them
-# can take CartPole's place in the pool (part 3), which is such an environment itself, and in
-# training. `state` and `set_state` are Thrust's own: with them, a run can be resumed exactly.
+# The methods, too, are those of Gymnasium's vector environments. Any environment that has them
+# can replace CartPole in the pool (part 3), which has them itself, and in training. `state` and
+# `set_state` are Thrust's own: with them, a run can be resumed exactly.
 # ==============================================================================================
 
 StepResult = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
@@ -273,9 +272,8 @@ class CartPole:
 
     def __init__(self, num_envs: int, max_episode_steps: int = 500) -> None:
         if num_envs < 1 or max_episode_steps < 1:
-            raise ValueError(
-                f"CartPole({num_envs}, {max_episode_steps}): both must be at least 1"
-            )
+            sizes = f"CartPole({num_envs}, {max_episode_steps})"
+            raise ValueError(f"{sizes}: both must be at least 1")
         self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
         bound = [2 * self.X_LIMIT, math.inf, 2 * self.ANGLE_LIMIT, math.inf]
         high = np.array(bound, np.float32)
@@ -346,7 +344,7 @@ class CartPole:
         # F = -10 N for action 0, +10 N for action 1
         np.multiply(actions, 2 * self.FORCE, out=work)
         work -= self.FORCE
-        # temp = (F + m·l·θ̇²·sin θ) / m_total
+        # temp = (F + m·l·θ̇²·sin θ) / m_total, with the pole's mass m and half its length l
         np.square(velocity[1], out=temp)
         temp *= self.POLE_MASS * self.HALF_LENGTH
         temp *= sin
@@ -453,10 +451,10 @@ class CartPole:
 #       │ shared memory:  action | obs | final_obs | reward | terminated | truncated   │
 #       └──────────────────────────────────────────────────────────────────────────────┘
 #
-# All of them see the same memory, so nothing is pickled or sent. Every array has one writer at
-# a time: between `done` and `go` the learner, between `go` and `done` a worker, in its rows.
-# `go` and `done` are semaphores, a pair per worker. They also order memory: what was written
-# before a release is seen after the acquire that it allows.
+# All of them see the same memory, so no observation or action is pickled or sent. Every array
+# has one writer at a time: between `done` and `go` the learner, between `go` and `done` a
+# worker, in its rows. `go` and `done` are semaphores, a pair per worker. They also order
+# memory: what was written before a release is seen after the acquire that it allows.
 #
 # A process that waits polls for a short while, giving way to others in between, and then
 # sleeps. Being woken takes as long as stepping a hundred CartPoles, so a quick answer should
@@ -471,7 +469,7 @@ class CartPole:
 # time than handing it over and back, or no core is free, or the run is short: starting the
 # first worker takes as long as importing torch, two seconds or so, and each further one 20 ms.
 # Seeds belong to environments, not to workers, so results are the same, bit for bit, with any
-# number.
+# number of workers.
 # ==============================================================================================
 
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
@@ -492,7 +490,7 @@ class WorkerError(RuntimeError):
 
 
 def _build(make_env: Any, num_envs: int) -> Any:
-    """make_env(num_envs), or ValueError if what it makes breaks the contract of part 2."""
+    """make_env(num_envs), or ValueError if that is no environment as part 2 asks for."""
     env = make_env(num_envs)
     mode = getattr(env, "metadata", {}).get("autoreset_mode")
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
@@ -521,12 +519,9 @@ def _layout(env: Any, num_envs: int) -> dict[str, Any]:
     }
     if _has_state(env):
         env.reset(seed=0)  # so that there is a state, whose arrays can be measured
-        rows |= {
-            "state:" + k: (array.shape[1:], array.dtype) for k, array in env.state().items()
-        }
-    return {
-        name: ((num_envs, *shape), np.dtype(dtype)) for name, (shape, dtype) in rows.items()
-    }
+        for name, array in env.state().items():
+            rows["state:" + name] = (array.shape[1:], array.dtype)
+    return {k: ((num_envs, *shape), np.dtype(kind)) for k, (shape, kind) in rows.items()}
 
 
 def _has_state(env: Any) -> bool:
@@ -544,7 +539,7 @@ def _state_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _obey(env: Any, rows: dict[str, np.ndarray]) -> int:
-    """Does what the command says to the environments whose rows these are, and returns it."""
+    """Does to the environments whose rows these are what their command says; returns it."""
     command = int(rows["command"][0])
     if command == STEP:
         obs, rows["reward"][:], terminated, truncated, info = env.step(rows["action"])
@@ -578,25 +573,13 @@ def _acquire(semaphore: Any, timeout: float | None) -> bool:
     return bool(semaphore.acquire(True, timeout))
 
 
-def _worker(
-    make_env: Any,
-    first: int,
-    stop: int,
-    memory: Any,
-    layout: Any,
-    report: Any,
-    go: Any,
-    done: Any,
-) -> None:
+def _worker(make_env: Any, slice_: Any, shared: Any, report: Any, go: Any, done: Any) -> None:
     """What a worker process runs: it builds its environments, and obeys until told to close."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle
     threading.Thread(target=_follow_learner, daemon=True).start()
     try:
-        arrays = _arrays_in(memory, layout)
-        rows, env = (
-            {k: a[first:stop] for k, a in arrays.items()},
-            _build(make_env, stop - first),
-        )
+        rows = {name: array[slice_] for name, array in _arrays_in(*shared).items()}
+        env = _build(make_env, slice_.stop - slice_.start)
         command = None
         while command != CLOSE:
             done.release()  # at first: built; later: done with the last command
@@ -666,11 +649,12 @@ class EnvPool:
             got = f"num_envs = {num_envs} and workers = {workers}"
             raise ValueError(f"a pool needs 1 or more environments, 0 to N workers; got {got}")
         self.num_envs, self.timeout, self._closed = num_envs, timeout, False
+        self._owner = os.getpid()
         self._pending: int | None = None  # the command that was posted and not yet collected
         self._workers: list[tuple[Any, Any, Any, Any]] = []  # process, go, done, report
-        self._env: Any = None  # without workers
+        self._env: Any = None  # the environments, if there are no workers
 
-        env = _build(make_env, 1)  # only to ask it
+        env = _build(make_env, 1)  # only for its spaces and its state
         self.single_observation_space = env.single_observation_space
         self.single_action_space = env.single_action_space
         self.has_state = _has_state(env)
@@ -699,24 +683,23 @@ class EnvPool:
                 ) from None
         if start_method == "forkserver":
             context.set_forkserver_preload(["numpy", "torch"])
-        # On Linux a RawArray's file is unlinked as soon as it is open: it cannot be left
-        # behind.
+        # On Linux a RawArray's file is unlinked once open, so that nothing can be left behind.
         sizes = {k: math.prod(shape) * dtype.itemsize for k, (shape, dtype) in layout.items()}
         memory = {name: context.RawArray("b", size) for name, size in sizes.items()}
         self._arrays = _arrays_in(memory, layout)
-        shared = self._workers, self._arrays["command"], 1.0, os.getpid()
+        shared = self._workers, self._arrays["command"], 1.0, self._owner
         self._finalizer = weakref.finalize(self, _end, *shared)  # if nobody calls close()
         bounds = [self.num_envs * w // workers for w in range(workers + 1)]
         try:
             for w, (first, stop) in enumerate(zip(bounds, bounds[1:])):
                 go, done = context.Semaphore(0), context.Semaphore(0)
                 report = context.RawArray("c", 8192)
-                arguments = (make_env, first, stop, memory, layout, report, go, done)
+                arguments = (make_env, slice(first, stop), (memory, layout), report, go, done)
                 process = context.Process(target=_worker, args=arguments, daemon=True)
                 process.name = f"worker {w} (environments {first} to {stop - 1})"
                 process.start()
                 self._workers.append((process, go, done, report))
-            self._wait("starting", max(self.timeout, 60.0))  # with all that it imports
+            self._wait("starting", max(self.timeout, 60.0))  # importing takes long
         except BaseException:
             self.close(0.2)
             raise
@@ -744,7 +727,8 @@ class EnvPool:
         return self.recv()
 
     def send(self, actions: np.ndarray) -> None:
-        """Sets the workers to stepping, and returns at once. Actions are (N, *action shape)."""
+        """Starts a step, and returns at once. Actions are (N, *action shape). Without workers,
+        it is `recv` that steps."""
         actions, target = np.asarray(actions), self._arrays["action"]
         fits = np.can_cast(actions.dtype, target.dtype, "same_kind") and actions.dtype != bool
         if actions.shape != target.shape or not fits:
@@ -785,7 +769,7 @@ class EnvPool:
             return
         self._closed, self._pending = True, None
         if self._workers:
-            _end(self._workers, self._arrays["command"], grace, os.getpid())
+            _end(self._workers, self._arrays["command"], grace, self._owner)
         elif self._env is not None:
             self._env.close()
 
@@ -796,7 +780,7 @@ class EnvPool:
         self.close()
 
     def _post(self, command: int, **arguments: Any) -> None:
-        """Writes the arguments into their arrays and sets all workers to `command`."""
+        """Writes the arguments into their arrays, and starts `command` in all workers."""
         if self._closed:
             raise RuntimeError("this pool is closed")
         if self._pending is not None:
@@ -846,21 +830,23 @@ class EnvPool:
 # Needs: import math, numpy as np; from typing import Any; import torch; from torch import nn
 #
 # Two networks look at the same observation. The actor gives each action a probability: it is
-# the policy, and all that is needed to play. The critic estimates the value: how much reward,
-# later rewards discounted, the policy will still collect from here. It is needed only to train,
-# because "better than expected" takes somebody who expects.
+# the policy, and all that is needed to play. (Its A outputs are called logits; softmax,
+# exp(logit) over the sum of them all, makes them probabilities.) The critic estimates the
+# value: how much reward, later rewards discounted, the policy will still collect from here. It
+# is needed only to train, because "better than expected" takes somebody who expects.
 #
-# Two separate bodies, and not one with two heads: the critic's errors are large, and would
+# Two separate bodies, and not one with two heads: the critic's gradients are large, and would
 # shape shared layers for predicting rewards, at the cost of the actor. On CartPole a shared
 # body needed about twice the steps.
 #
-# Initial weights are orthogonal, a rotation times a gain: no direction is flattened on the way
-# through a layer, and signals and gradients keep about their size. The gains are PPO's custom:
-# √2 in hidden layers, 1 for the critic's output, and 0.01 for the actor's, so that all actions
-# start out almost equally probable, and chance does not decide early what is explored.
+# Initial weights are orthogonal: rows (or columns) at right angles and equally long, so a layer
+# stretches no direction more than another, and signals and gradients keep about their size. The
+# gains are customary in PPO: √2 in hidden layers, 1 for the critic's output, and 0.01 for the
+# actor's, so that all actions start out almost equally probable, and chance does not decide
+# early what is explored.
 #
 # Other kinds of actions. One choice among A is the case n = 1 of n independent choices
-# (MultiDiscrete): the outputs are split, log-probabilities and entropies add up. For real
+# (MultiDiscrete): the outputs are split, and their log-probabilities add up. For real
 # numbers (Box), each output is the mean of a normal distribution, whose deviation is a
 # parameter that does not depend on the observation. What is drawn may then lie outside the box.
 # It is learned from as it was drawn, and clipped only by `to_env`, on its way into the
@@ -968,7 +954,7 @@ class ActorCritic(nn.Module):
         if self.kinds[0] == "Discrete":
             index = flat.long() - int(self.observation_space.start)
             flat = nn.functional.one_hot(index, int(self.observation_space.n)).float()
-        flat = flat.flatten(1)
+        flat = flat.reshape(len(flat), -1)
         return flat if self.normalizer is None else self.normalizer(flat)
 
     def _choose(
@@ -976,20 +962,21 @@ class ActorCritic(nn.Module):
     ) -> torch.Tensor:
         """Actions from the actor's outputs: (N, outputs) → (N, choices)."""
         if self.kinds[1] == "Box":
+            if greedy:
+                return outputs
             noise = torch.empty_like(outputs).normal_(generator=generator)
-            return outputs if greedy else outputs + self.log_std.exp() * noise
+            return outputs + self.log_std.exp() * noise
         if not greedy:
             # The largest of logit + Gumbel noise falls on each choice with its softmax
             # probability, and -log of an exponential variable is Gumbel noise.
-            outputs = (
-                outputs - torch.empty_like(outputs).exponential_(generator=generator).log()
-            )
+            noise = torch.empty_like(outputs).exponential_(generator=generator)
+            outputs = outputs - noise.log()
         logits = torch.split(outputs, self.choices, -1)  # n of (N, A)
         return torch.stack([its.argmax(-1) for its in logits], -1)
 
     def _logprob(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """log π(a|s): (N, outputs), (N, *shape) → (N,)"""
-        action = action.flatten(1) if action.dim() > 1 else action.unsqueeze(1)  # (N, choices)
+        action = action.reshape(len(action), -1)  # (N, choices)
         if self.kinds[1] == "Box":
             normal: Any = torch.distributions.Normal(outputs, self.log_std.exp(), False)
             return torch.sum(normal.log_prob(action), -1)
@@ -1000,9 +987,8 @@ class ActorCritic(nn.Module):
     def _entropy(self, outputs: torch.Tensor) -> torch.Tensor:
         """-Σ π·log π: log A where A choices are equally probable, 0 where one is certain."""
         if self.kinds[1] == "Box":
-            return (
-                (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(outputs))
-            )
+            each = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
+            return each.sum().expand(len(outputs))
         entropy = torch.zeros(())
         for logits in torch.split(outputs, self.choices, -1):
             logprobs = logits.log_softmax(-1)  # (N, A)
@@ -1038,19 +1024,20 @@ class ActorCritic(nn.Module):
 #
 # δ in words: the reward, plus what the critic expects from where the step led, minus what it
 # had expected before: the step's surprise. Â adds up the surprises from here on, fading by γ·λ
-# per step. With λ = 0 it is one surprise, and trusts the critic for all that follows. With λ =
-# 1, each V(s′) cancels against the next step's V(s), and what remains is discounted rewards, as
-# far as they were seen, minus V(s_t). Values between weigh the two. Raise λ if the critic is
-# bad or rewards come late, lower it if advantages are noisy. γ, for its part, keeps sums over
-# endless games finite, and what happens much later says less and less about this action.
+# per step. With λ = 0, Â is a single surprise, and the critic is trusted for all that follows.
+# With λ = 1, each V(s′) cancels against the next step's V(s), and what remains is discounted
+# rewards, as far as they were seen, minus V(s_t). Values between weigh the two. Raise λ if the
+# critic is bad or rewards come late, lower it if advantages are noisy. γ keeps sums over
+# endless games finite, and discounts what happens much later, which says little about this
+# action.
 #
 # Putting V(s′) in the place of rewards that were not seen is called bootstrapping, and there
 # are three ways in which they can be missing. After *terminated* there are none, and V(s′)
 # counts as 0. After *truncated* there would have been some, and V(s′) counts, where s′ is the
 # state really reached, s3, and not z0. At the end of the rollout the game simply goes on, and
-# V(z2) counts. In all three the sum of surprises stops. Mistake a time limit for a fall, and
-# the critic learns that 500 steps of balance end in disaster, with nothing in the observation
-# to tell when: the better the policy, the more wrong the critic.
+# V(z2), that of obs[T], counts. In all three the sum of surprises stops. Mistake a time limit
+# for a fall, and the critic learns that 500 steps of balance end in disaster, with nothing in
+# the observation to tell when: the better the policy, the more wrong the critic.
 #
 # Returns. Â + V, what was expected plus how much better it went, is the critic's target. It is
 # called the λ-return, or just "returns"; it is discounted, partly bootstrapped, and not what
@@ -1167,24 +1154,24 @@ class RolloutBuffer:
 # Needs: import torch; from torch import nn; from torch.optim.adam import adam; parts 1, 4, 5
 #
 # The policy gradient in one sentence: change the weights so that the log-probability of each
-# action taken rises in proportion to its advantage. (The logarithm, because an action that is
-# probable already is also taken more often.) That is true of the policy that took the actions,
-# so for one small step. But data is costly, and PPO wants many steps from the same data. For
-# that it needs two things.
+# action taken rises in proportion to its advantage. (Of the logarithm, which counts relative
+# changes: otherwise actions would be pushed more just because they are taken more often.) This
+# holds only for the policy that took the actions, hence for one small gradient step. But data
+# is costly, and PPO wants many gradient steps from the same data. For that it needs two things.
 #
-# A *ratio*. After the first step, the policy is not the one that played any more. So each
+# A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
 # action is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
-# the mean of ratio·Â over actions that the old policy took estimates what Â the new policy
-# would collect in the same states; and where the two are equal, its gradient is the policy
-# gradient.
+# the mean of ratio·Â over actions that the old policy took estimates the mean advantage of the
+# new policy's actions in the same states; and where the two are equal, its gradient is the
+# policy gradient.
 #
 # A *clip*. Nothing so far keeps the optimiser from making one lucky action a hundred times more
 # probable, and the estimate is worth nothing so far from the data. So the ratio is held
 # constant outside 1 ± ε, and a constant has no gradient: once an action has gained (or lost) a
 # fifth of its probability, there is nothing more to win from it until fresh data speaks. But
-# steps taken for the sake of other actions can also carry a ratio out on the wrong side, and
-# there the pull back must remain. The *smaller* of the unclipped and the clipped term does all
-# of this:
+# gradient steps for the sake of other actions can also carry a ratio out of the band against
+# its own advantage, and there the gradient that brings it back must remain. The *smaller* of
+# the unclipped and the clipped term does all of this:
 #
 #                     ratio < 1-ε           within the band       ratio > 1+ε
 #         Â > 0       ratio·Â: pull back    ratio·Â: push up      (1+ε)·Â: enough, no gradient
@@ -1196,10 +1183,14 @@ class RolloutBuffer:
 # Entropy measures how undecided the policy is. Where a first favourite would shut out actions
 # that were never properly tried, a little reward for entropy helps; CartPole needs none.
 #
-# The objective is to rise, and optimisers descend, so the sign is turned once, at the end. Only
-# logprob, entropy and V are differentiated; everything in the batch is constant. On the first
-# minibatch of an update the two policies are the same: up to rounding, the ratio is 1 and the
-# KL estimate 0.
+# The objective is to rise, and optimisers descend, so the sign is flipped once, at the end.
+# Only logprob, entropy and V are differentiated; everything in the batch is constant. On the
+# first minibatch of an update the two policies are the same: up to rounding, the ratio is 1 and
+# the KL estimate 0.
+#
+# Several processes can train together (torchrun starts them; each is then called a *rank*).
+# Each plays environments of its own, and before every gradient step all take the mean of their
+# gradients; so their weights, which were equal at the start, stay equal.
 # ==============================================================================================
 
 
@@ -1223,8 +1214,9 @@ def ppo_loss(
     # min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â )
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
-    # PPO's first implementation clips the change of V as well. That ties the critic's pace to
-    # the scale of rewards, and was found not to help (arXiv:2006.05990), so it is left out.
+    # PPO's first implementation clips the change of V as well. That makes the critic's pace
+    # depend on the size of rewards, and was found not to help (arXiv:2006.05990), so it is left
+    # out.
     value_loss = (value - batch.returns).square().mean()
     bonus = entropy.mean()
     objective = surrogate + config.ent_coef * bonus - config.vf_coef * value_loss
@@ -1239,7 +1231,7 @@ def ppo_loss(
 
 
 def world_size() -> int:
-    """How many processes train together: that many *ranks*, as torch.distributed calls them."""
+    """How many ranks train together; 1 without torchrun."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if together else 1
 
@@ -1263,10 +1255,11 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 class Adam:
     """Adam (arXiv:1412.6980) over a policy whose parameters become slices of one vector.
 
-    Weights, gradient and Adam's two running means are one vector each, of P numbers, however
-    many layers there are, so clipping, stepping and saving are one operation each; `backward`
-    adds every parameter's gradient into its slice. Adam's eps is 1e-5, PPO's custom, and not
-    1e-8: where gradients have almost vanished, noise must not be scaled up to full-sized steps.
+    Weights, gradient and Adam's running means, of gradients and of their squares, are one
+    vector each, of P numbers, however many layers there are, so clipping, stepping and saving
+    are one operation each; `backward` adds every parameter's gradient into its slice. Adam's
+    eps is 1e-5, as is customary in PPO, and not 1e-8: where gradients have almost vanished,
+    noise must not be scaled up to full-sized steps.
 
     The arithmetic is torch's. `torch.optim.Adam` does the same, but building one imports
     torch's compiler, which takes about as long as learning CartPole.
@@ -1329,10 +1322,10 @@ def ppo_update(
 # The loop at the end of this part is PPO's six steps in order. What surrounds it makes a run
 # repeatable, and hard to lose.
 #
-# Randomness. Every draw comes from a generator made for its purpose, and every generator's seed
-# from config.seed and that purpose. No global generator is touched, so a program that imports
-# this file is not disturbed, and evaluation does not disturb training; and different runs, and
-# different purposes, have different seeds. The same config gives the same weights, bit for bit,
+# Randomness. Every draw comes from a generator made for its purpose, whose seed is derived from
+# config.seed and that purpose. No global generator is touched, so a program that imports this
+# file is not disturbed, and evaluation does not disturb training; and runs with another
+# config.seed share no seed with this one. The same config gives the same weights, bit for bit,
 # on the same machine, package versions and number of threads, with any number of workers, and
 # also if the run was killed and resumed on the way. For that, a checkpoint holds all that the
 # future depends on: weights, Adam's means, environments, the observations to act on next, and
@@ -1349,13 +1342,13 @@ COLUMNS = {
     "update": "updates done",
     "steps": "environment steps played for them",
     "episodes": "episodes finished",
-    "mean_return": "of the last 100 finished episodes: the plain sum of rewards; should rise",
+    "mean_return": "of the last 100 finished episodes (of each rank): plain sums of rewards",
     "mean_length": "of the same episodes, in steps",
     "policy_loss": "minus the clipped term of the objective; near 0, as advantages have mean 0",
     "value_loss": "the critic's mean squared error; falls when returns have settled",
     "entropy": "log A at first, then falling; near 0 early on: nothing is explored any more",
     "approx_kl": "distance from the policy that played; 0.001 to 0.03",
-    "clip_fraction": "share of actions outside 1 ± ε; 0.05 to 0.3",
+    "clip_fraction": "share of ratios outside 1 ± ε, on either side; 0.05 to 0.3",
     "grad_norm": "length of the gradient before it was scaled down",
     "gradient_steps": "fewer than epochs x minibatches only if target_kl ended the update",
     "explained_variance": "1: the critic predicts returns; 0: no better than a constant",
@@ -1393,9 +1386,9 @@ class MakeEnv(NamedTuple):
             if theirs:
                 import gymnasium as gym
             else:
-                make: Any = (
-                    CartPole if self.name == "CartPole" else pkgutil.resolve_name(self.name)
-                )
+                make: Any = CartPole
+                if ":" in self.name:
+                    make = pkgutil.resolve_name(self.name)
         except (ImportError, AttributeError) as error:
             hint = " (pip install gymnasium)" if theirs else ""
             raise ValueError(f"--env {self.name} cannot be imported: {error}{hint}") from None
@@ -1422,14 +1415,17 @@ class Normalizer:
 
     def count(self, x: torch.Tensor) -> None:
         """Counts k more rows, (k, K)."""
-        sums = torch.stack([torch.ones_like(x), x, x.square()]).sum(1, dtype=torch.float64)
+        x = x.double()
+        sums = torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
         self.sums += mean_over_ranks(sums) * world_size()
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation, float32 (K,) each; 0 and 1 before anything was counted."""
-        number = self.sums[0].clamp(min=1)
-        mean, square = self.sums[1] / number, self.sums[2] / number
-        std = (square - mean.square()).clamp(min=1e-8).sqrt() if self.sums[0].all() else number
+        number, total, squares = self.sums
+        if not number.any():
+            return total.float(), total.float() + 1
+        mean = total / number
+        std = (squares / number - mean.square()).clamp(min=1e-8).sqrt()
         return mean.float(), std.float()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -1455,12 +1451,12 @@ class Result(NamedTuple):
     policy: ActorCritic
     rows: list[dict[str, float]]
     evaluation: Evaluation
-    run: pathlib.Path
+    run: pathlib.Path | None  # rank 0 has it
 
 
 def evaluate(policy: ActorCritic, config: Config, render_mode: str | None = None) -> Evaluation:
-    """Plays the first episode of each of config.eval_episodes environments, whose seeds
-    training never uses, always taking the most probable action."""
+    """Plays the first episode of each of config.eval_episodes environments, which have seeds of
+    their own, always taking the most probable action."""
     n = config.eval_episodes
     returns, running = np.zeros(n), np.ones(n, bool)
     with EnvPool(MakeEnv(config.env, render_mode), n, min(config.workers, n)) as envs:
@@ -1655,7 +1651,7 @@ def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, list[dict[str, Any
 
 def load_resumable(run: str | pathlib.Path, config: Config, rank: int) -> dict[str, Any]:
     """The state of one rank in a run's checkpoint. Raises ValueError if the run, continued with
-    `config`, would end in other weights than it would have had."""
+    `config`, would end with other weights than if it had not been interrupted."""
     saved, ranks = load_checkpoint(run)
     if len(ranks) != world_size():
         raise ValueError(f"{run} was trained by {len(ranks)} ranks, and not {world_size()}")
@@ -1667,15 +1663,14 @@ def load_resumable(run: str | pathlib.Path, config: Config, rank: int) -> dict[s
 
 
 def load(run: str | pathlib.Path) -> ActorCritic:
-    """The policy in a run's checkpoint, for use anywhere: `action, _ = load(run).act(obs)`. If
-    it was trained on normalised observations, it normalises them by itself."""
+    """The policy in a run's checkpoint. `action, _ = policy.act(obs, greedy=True)` chooses for
+    a batch of observations, and `policy.to_env(action)` is what to send. If it was trained on
+    normalised observations, it normalises them by itself."""
     config, ranks = load_checkpoint(run)
     with contextlib.closing(MakeEnv(config.env)(1)) as env:
         spaces = env.single_observation_space, env.single_action_space
-    policy, tensors = (
-        ActorCritic(*spaces, config.hidden, torch.Generator()),
-        ranks[0]["tensors"],
-    )
+    policy = ActorCritic(*spaces, config.hidden, torch.Generator())
+    tensors = ranks[0]["tensors"]
     nn.utils.vector_to_parameters(tensors["weights"], policy.parameters())
     if config.norm_obs:
         policy.normalizer = Normalizer(math.prod(spaces[0].shape))
@@ -1724,19 +1719,17 @@ class Report:
 
     def add_last_row(self) -> None:
         """Logs the last update, and shows progress: in a terminal one line that changes, else
-        a line every five seconds."""
+        the first, the last, and one every five seconds."""
         *earlier, row = self.learner.rows
         self.log.writerow(row)
         self.file.flush()
         done, updates, now = len(earlier) + 1, self.updates, time.perf_counter()
         seconds_left = (now - self.began) / (done - self.done_before) * (updates - done)
         if self.terminal or done in (1, updates) or now - self.printed >= 5:
-            self.say(
-                f"{row['steps']:>11,} steps {done / updates:5.0%}   "
-                f"return {row['mean_return']:.1f}   {row['steps_per_second']:,.0f} steps/s   "
-                f"{seconds_left:.0f} s left",
-                end="" if self.terminal else "\n",
-            )
+            at = f"{row['steps']:>11,} steps {done / updates:5.0%}"
+            speed = f"{row['steps_per_second']:,.0f} steps/s   {seconds_left:.0f} s left"
+            text = f"{at}   return {row['mean_return']:.1f}   {speed}"
+            self.say(text, end="" if self.terminal else "\n")
             self.printed = now
         best = max((r["mean_return"] for r in earlier if r["episodes"] >= 100), default=0.0)
         for bar, name in BARS.items() if self.learner.config.env == "CartPole" else ():
@@ -1787,6 +1780,8 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
         learner.begin() if saved is None else learner.restore(saved)
         run = None if rank else pathlib.Path(resume) if resume else new_run(config)
         updates = config.num_updates // world_size()
+        if updates == 0:
+            raise ValueError("total_steps is less than one rollout of all ranks together")
         report = Report(run, learner, updates)
         stack.callback(report.file.close)
         if saved and not pool.has_state:
@@ -1821,7 +1816,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
             raise
         report.say(str(evaluation))
         report.say(f"weights: {weights_hash(learner.policy)}")
-        return Result(learner.policy, learner.rows, evaluation, run or pathlib.Path(os.devnull))
+        return Result(learner.policy, learner.rows, evaluation, run)
 
 
 # ==============================================================================================
@@ -1894,8 +1889,8 @@ def main(argv: list[str] | None = None) -> int:
         if not evaluated:
             train(config, resume=resume)
             return 0
-        policy = load(evaluated)
         with torch_ready(config):
+            policy = load(evaluated).to(config.device)
             print(evaluate(policy, config, render_mode))
         print(f"weights: {weights_hash(policy)}")
         return 0
