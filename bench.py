@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26,<2.6", "torch>=2.11,<=2.13.0", "gymnasium", "stable-baselines3"]
+# dependencies = ["numpy>=1.26,<2.5", "torch>=2.13,<=2.13.0", "gymnasium", "stable-baselines3"]
 # ///
 """Measures thrust.py, beside whichever of its peers are installed; asserts nothing.
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26,<2.6", "torch>=2.11,<=2.13.0", "pytest>=8,<10"]
+# dependencies = ["numpy>=1.26,<2.5", "torch>=2.13,<=2.13.0", "pytest>=8,<10"]
 # ///
 """Tests of thrust.py, under the same part numbers. Each name is a claim.
 

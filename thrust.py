@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26,<2.6", "torch>=2.11,<=2.13.0"]
+# dependencies = ["numpy>=1.26,<2.5", "torch>=2.13,<=2.13.0"]
 # ///
 # Thrust 1.0, MIT licence, copyright 2026 the Thrust authors
 """Thrust: PPO in one file, to be read from top to bottom, copied from, and run.
@@ -1878,7 +1878,8 @@ def main(argv: list[str] | None = None) -> int:
         knobs = {"eval_episodes": 1, **knobs}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for stream in (sys.stdout, sys.stderr):  # a console without ± is no reason to fail
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         run = resume or evaluated
         saved = load_checkpoint(run)[0] if run else Config()
