@@ -1701,7 +1701,7 @@ def test_every_knob_is_a_flag_with_its_help_and_default(capsys):
     for field in dataclasses.fields(thrust.Config):
         assert f"--{field.name.replace('_', '-')}" in text
         assert field.metadata["help"] in text
-    assert "(default: 64 64)" in text and "(default: 0.008)" in text
+    assert "(default: 64 64)" in text and "(default: 0.005)" in text
 
 
 @pytest.mark.parametrize(

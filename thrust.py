@@ -102,9 +102,9 @@ from torch.optim.adam import adam
 # config.json that a run leaves behind.
 #
 # The defaults solve CartPole in seconds on a laptop. One of them is unusual: the learning rate
-# is 27 times the common 3e-4. It was found by trial: CartPole is easy enough to be learned in
+# is 17 times the common 3e-4. It was found by trial: CartPole is easy enough to be learned in
 # large changes of the weights, as long as they come first, and the rate falls towards zero for
-# careful ones at the end. Most other games want less.
+# careful ones at the end. (At 8e-3 it was learned sooner, but 2 of 20 runs ended below 500.)
 # ==============================================================================================
 
 
@@ -127,7 +127,7 @@ class Config:
     total_steps: int = knob(150_000, "steps to train for, in all environments together")
     minibatch_size: int = knob(512, "transitions per gradient step (M); small: noisy gradients")
     epochs: int = knob(4, "passes over each rollout; many: its data no longer fits the policy")
-    learning_rate: float = knob(8e-3, "Adam's step size; too large: what was learned is lost")
+    learning_rate: float = knob(5e-3, "Adam's step size; too large: what was learned is lost")
     anneal: bool = knob(True, "lower the learning rate linearly, update by update, towards 0")
     gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count")
     gae_lambda: float = knob(0.9, "λ; 0: advantages rely on expected rewards, 1: on those seen")
