@@ -224,6 +224,11 @@ ZOO = {"num_envs": 8, "num_steps": 32, "minibatch_size": 256, "epochs": 20, "gam
 ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3}
 CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4, "gamma": 0.99}
 CLEANRL |= {"gae_lambda": 0.95, "learning_rate": 2.5e-4, "ent_coef": 0.01}
+# and RL-Zoo's for two other environments
+NORMALISED = {"num_envs": 16, "minibatch_size": 64, "epochs": 4, "gamma": 0.99}
+NORMALISED |= {"learning_rate": 3e-4, "norm_obs": True, "norm_reward": True}
+ACROBOT = {**NORMALISED, "env": "Acrobot-v1", "num_steps": 256, "gae_lambda": 0.94}
+MOUNTAIN = {**NORMALISED, "env": "MountainCar-v0", "num_steps": 16, "gae_lambda": 0.98}
 
 
 def train_thrust(knobs: dict[str, Any], steps: int) -> float:
@@ -238,11 +243,15 @@ def train_sb3(knobs: dict[str, Any], steps: int) -> float:
     """Steps per second of Stable-Baselines3's training loop with the same settings."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
 
+    envs = make_vec_env(knobs.get("env", "CartPole-v1"), knobs["num_envs"])
+    if knobs.get("norm_obs"):
+        envs = VecNormalize(envs, gamma=knobs["gamma"])
     with thrust.torch_ready(thrust.Config()):
         model = PPO(
             "MlpPolicy",
-            make_vec_env("CartPole-v1", knobs["num_envs"]),
+            envs,
             n_steps=knobs["num_steps"],
             batch_size=knobs["minibatch_size"],
             n_epochs=knobs["epochs"],
@@ -263,7 +272,11 @@ def bench_training(rounds: int) -> Any:
         ("Thrust's defaults (64 x 32)", {}, 65536),
         ("RL-Zoo's for CartPole (8 x 32)", ZOO, 8192),
         ("CleanRL's (4 x 128)", CLEANRL, 8192),
+        ("RL-Zoo's for Acrobot (16 x 256)", ACROBOT, 8192),
+        ("RL-Zoo's for MountainCar (16 x 16)", MOUNTAIN, 8192),
     ):
+        if "env" in knobs and not HAS_GYMNASIUM:
+            continue
         contestants = {"Thrust": lambda k=knobs, s=steps: train_thrust(k, s)}
         if HAS_SB3 and knobs:
             contestants["SB3"] = lambda k=knobs, s=steps: train_sb3(k, s)
@@ -276,7 +289,7 @@ def bench_training(rounds: int) -> Any:
             row += ["", ""]
         rows.append(row)
     header = ["settings", "Thrust", "Stable-Baselines3", "times that"]
-    return table("Training CartPole, environment steps per second, one thread", header, rows)
+    return table("Training, environment steps per second, one thread", header, rows)
 
 
 def bench_start(rounds: int) -> Any:
