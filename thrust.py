@@ -1482,9 +1482,8 @@ class Learner:
 
         spaces = envs.single_observation_space, envs.single_action_space
         self.config, self.envs, self.rank = config, envs, rank
-        self.policy = ActorCritic(*spaces, config.hidden, generator("weights")).to(
-            config.device
-        )
+        policy = ActorCritic(*spaces, config.hidden, generator("weights"))
+        self.policy = policy.to(config.device)
         if config.norm_obs and self.policy.kinds[0] != "Box":
             raise ValueError(f"norm_obs needs observations in a Box, not in {spaces[0]}")
         self.optimizer = Adam(self.policy)
@@ -1725,14 +1724,16 @@ class Report:
         self.file.flush()
         done, updates, now = len(earlier) + 1, self.updates, time.perf_counter()
         seconds_left = (now - self.began) / (done - self.done_before) * (updates - done)
-        if self.terminal or done in (1, updates) or now - self.printed >= 5:
+        if self.terminal or done in (self.done_before + 1, updates) or now - self.printed >= 5:
             at = f"{row['steps']:>11,} steps {done / updates:5.0%}"
             speed = f"{row['steps_per_second']:,.0f} steps/s   {seconds_left:.0f} s left"
             text = f"{at}   return {row['mean_return']:.1f}   {speed}"
             self.say(text, end="" if self.terminal else "\n")
             self.printed = now
+        if self.learner.config.env != "CartPole":
+            return
         best = max((r["mean_return"] for r in earlier if r["episodes"] >= 100), default=0.0)
-        for bar, name in BARS.items() if self.learner.config.env == "CartPole" else ():
+        for bar, name in BARS.items():
             if best < bar <= row["mean_return"] and row["episodes"] >= 100:
                 at = f"{row['steps']:,} steps, {row['seconds']:.1f} s"
                 self.say(f"passed {bar}, the bar of {name}: mean return of 100 episodes, {at}")
@@ -1774,14 +1775,14 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
     """
     with contextlib.ExitStack() as stack:
         rank = stack.enter_context(torch_ready(config))
+        updates = config.num_updates // world_size()
+        if updates == 0:
+            raise ValueError("total_steps is less than one rollout of all ranks together")
         saved = None if resume is None else load_resumable(resume, config, rank)
         pool = EnvPool(MakeEnv(config.env), config.num_envs, config.workers)
         learner = Learner(config, stack.enter_context(pool), rank)
         learner.begin() if saved is None else learner.restore(saved)
         run = None if rank else pathlib.Path(resume) if resume else new_run(config)
-        updates = config.num_updates // world_size()
-        if updates == 0:
-            raise ValueError("total_steps is less than one rollout of all ranks together")
         report = Report(run, learner, updates)
         stack.callback(report.file.close)
         if saved and not pool.has_state:
@@ -1807,9 +1808,8 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
             learner.policy.normalizer = learner.obs_norm if config.norm_obs else None
             evaluation = evaluate(learner.policy, config)  # 6. Repeat, done; evaluate.
         except BaseException:
-            if (
-                world_size() == 1
-            ):  # other ranks may have ended: then the last checkpoint must do
+            # Where there are other ranks, they may have ended: the last checkpoint has to do.
+            if world_size() == 1:
                 save_checkpoint(run, config, state)
                 at = f"stopped after update {state['update']} of {updates}"
                 report.say(f"{at}; to go on: python thrust.py --resume {run}")
