@@ -259,14 +259,17 @@ class CartPole:
     for the dynamics of the cart-pole system". Raises ValueError for sizes below 1.
     """
 
-    GRAVITY = 9.8  # m/s²
-    POLE_MASS = 0.1  # kg
-    TOTAL_MASS = POLE_MASS + 1.0  # kg, with the cart
-    HALF_LENGTH = 0.5  # m, from the hinge to the pole's centre of mass
-    FORCE = 10.0  # N
-    TAU = 0.02  # s from one step to the next
-    X_LIMIT = 2.4  # m to either side
-    ANGLE_LIMIT = 12 * 2 * math.pi / 360  # rad to either side
+    # Arrays without axes, because a Python number has to be made one at every NumPy call.
+    GRAVITY = np.array(9.8)  # m/s²
+    POLE_MASS = np.array(0.1)  # kg
+    TOTAL_MASS = np.array(0.1 + 1.0)  # kg, with the cart
+    FOUR_THIRDS = np.array(4.0 / 3.0)
+    HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
+    POLE_MOMENT = np.array(0.1 * 0.5)  # kg·m, mass times half length
+    FORCES = np.array([-10.0, 10.0])  # N, of action 0 and action 1
+    TAU = np.array(0.02)  # s from one step to the next
+    X_LIMIT = np.array(2.4)  # m to either side
+    ANGLE_LIMIT = np.array(12 * 2 * math.pi / 360)  # rad to either side
 
     metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": "SameStep"}
 
@@ -283,18 +286,25 @@ class CartPole:
         # _state[0] holds positions, _state[1] velocities; in each, row 0 is the cart's (metres)
         # and row 1 the pole's (radians). An observation is x, ẋ, θ, θ̇: with the axes swapped.
         self._state = np.zeros((2, 2, num_envs))
-        self._acceleration = np.zeros((2, num_envs))
-        self._work = np.zeros((4, num_envs))
-        self._obs, self._final_obs = np.zeros((2, 4, num_envs), np.float32)
+        self._by_env = self._state.reshape(4, num_envs).T  # (N, 4): x, θ, ẋ, θ̇
+        self._as_seen = self._state.transpose(2, 1, 0)  # (N, 2, 2): x, ẋ; θ, θ̇
+        self._obs, self._final_obs = np.zeros((2, 4, num_envs), np.float32).swapaxes(1, 2)
+        self._acceleration, self._pair, rest = np.zeros((3, 2, num_envs))
+        # Names for `step` to use: taking a row of an array costs as much as adding two of them.
+        rows = self._state[0, 1], self._state[1, 1], *self._acceleration, *self._pair, *rest
+        self._names = *self._state, *rows
         self._reward = np.ones(num_envs)
-        self._terminated, self._truncated, self._outside = np.zeros((3, num_envs), bool)
+        self._terminated, self._truncated, self._ended = np.zeros((3, num_envs), bool)
+        self._clock = 0  # steps since this object was made
+        self._deadline = np.zeros(num_envs, np.int64)  # what the clock shows when time is up
 
-        self._seeds, self._episodes, self._steps = np.zeros((3, num_envs), np.int64)
         # Each environment draws start states from a generator of its own, a block at a time:
         # one draw of (256, 4) is the same stream as 256 draws of 4, at a hundredth of the cost.
         # The block shrinks as N grows, so that `_starts` stays within 64 MB up to N = 100,000.
-        self._block = min(256, max(16, 2**20 // num_envs))
-        self._starts = np.zeros((num_envs, self._block, 4))
+        self._block = np.array(min(256, max(16, 2**20 // num_envs)))
+        self._starts = np.zeros((num_envs * self._block, 4))
+        self._next = np.zeros(num_envs, np.int64)  # the row that the next episode starts from
+        self._seeds, self._blocks = np.zeros((2, num_envs), np.int64)  # blocks used up
         self._generators: list[np.random.Generator] = []
 
     def reset(
@@ -317,8 +327,7 @@ class CartPole:
             self._seeds[:] = np.arange(self.num_envs) + seed
             self._seed_generators(np.zeros(self.num_envs, np.int64))
         self._begin_episodes(np.arange(self.num_envs))
-        self._observe(self._obs)
-        return self._obs.T, {}
+        return self._observe(self._obs), {}
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Pushes every cart once, and returns (obs, reward, terminated, truncated, info).
@@ -336,17 +345,15 @@ class CartPole:
             got = f"{actions.dtype} {actions.shape}: {actions}"
             raise ValueError(f"actions must be ({self.num_envs},) integers 0 or 1, got {got}")
 
-        position, velocity = self._state  # (2, N) each: the cart's, the pole's
-        x_acceleration, angle_acceleration = self._acceleration
-        sin, cos, temp, work = self._work
-        np.sin(position[1], out=sin)
-        np.cos(position[1], out=cos)
-        # F = -10 N for action 0, +10 N for action 1
-        np.multiply(actions, 2 * self.FORCE, out=work)
-        work -= self.FORCE
+        position, velocity, *rows = self._names  # (2, N) each, the cart's and the pole's
+        angle, angular_velocity, x_acceleration, angle_acceleration, sin, cos, temp, work = rows
+        np.sin(angle, out=sin)
+        np.cos(angle, out=cos)
+        # F, by action; what np.take does with others does not matter, "clip" is the fastest
+        self.FORCES.take(actions, out=work, mode="clip")
         # temp = (F + m·l·θ̇²·sin θ) / m_total, with the pole's mass m and half its length l
-        np.square(velocity[1], out=temp)
-        temp *= self.POLE_MASS * self.HALF_LENGTH
+        np.square(angular_velocity, out=temp)
+        temp *= self.POLE_MOMENT
         temp *= sin
         temp += work
         temp /= self.TOTAL_MASS
@@ -357,37 +364,34 @@ class CartPole:
         np.square(cos, out=work)
         work *= self.POLE_MASS
         work /= self.TOTAL_MASS
-        np.subtract(4.0 / 3.0, work, out=work)
+        np.subtract(self.FOUR_THIRDS, work, out=work)
         work *= self.HALF_LENGTH
         angle_acceleration /= work
         # ẍ = temp - m·l·θ̈·cos θ / m_total
-        np.multiply(angle_acceleration, self.POLE_MASS * self.HALF_LENGTH, out=work)
+        np.multiply(angle_acceleration, self.POLE_MOMENT, out=work)
         work *= cos
         work /= self.TOTAL_MASS
         np.subtract(temp, work, out=x_acceleration)
         # Euler's method: position += τ·velocity, then velocity += τ·acceleration
-        pair = self._work[:2]  # the memory of sin and cos, which are not needed any more
-        np.multiply(velocity, self.TAU, out=pair)
-        position += pair
-        self._acceleration *= self.TAU
-        velocity += self._acceleration
+        pair = self._pair  # the memory of sin and cos, which are not needed any more
+        position += np.multiply(velocity, self.TAU, out=pair)
+        velocity += np.multiply(self._acceleration, self.TAU, out=pair)
         # terminated = |x| > 2.4 m or |θ| > 12°; truncated = 500 steps
         np.abs(position, out=pair)
-        np.greater(pair[0], self.X_LIMIT, out=self._outside)
-        np.greater(pair[1], self.ANGLE_LIMIT, out=self._terminated)
-        self._terminated |= self._outside
-        self._steps += 1
-        np.greater_equal(self._steps, self.max_episode_steps, out=self._truncated)
+        np.greater(pair[0], self.X_LIMIT, out=self._terminated)
+        self._terminated |= np.greater(pair[1], self.ANGLE_LIMIT, out=self._ended)
+        self._clock += 1
+        np.equal(self._deadline, self._clock, out=self._truncated)
+        np.logical_or(self._terminated, self._truncated, out=self._ended)
 
         info = {}
-        ended = (self._terminated | self._truncated).nonzero()[0]
+        ended = self._ended.nonzero()[0]
         if ended.size:
-            self._observe(self._final_obs)
-            info["final_obs"] = self._final_obs.T
+            info["final_obs"] = self._observe(self._final_obs)
             self._begin_episodes(ended)
-        self._observe(self._obs)
         self._reward.fill(1.0)  # every time: the caller may have written into its view
-        return self._obs.T, self._reward, self._terminated, self._truncated, info
+        flags = self._terminated, self._truncated
+        return self._observe(self._obs), self._reward, *flags, info
 
     def close(self) -> None:
         """Does nothing: there is nothing to release."""
@@ -395,45 +399,52 @@ class CartPole:
     def state(self) -> dict[str, np.ndarray]:
         """Copies of all that the future depends on, N rows each. Of a generator, its seed and
         the number of episodes begun will do: PCG64 can jump to any place of its stream."""
-        state = self._state.transpose(2, 1, 0).reshape(self.num_envs, 4)
-        rest = {"steps": self._steps, "seed": self._seeds, "episodes": self._episodes}
-        return {"state": state, **{name: array.copy() for name, array in rest.items()}}
+        return {
+            "state": self._as_seen.reshape(self.num_envs, 4),
+            "steps": self._clock + self.max_episode_steps - self._deadline,
+            "seed": self._seeds.copy(),
+            "episodes": self._blocks * self._block + self._next % self._block,
+        }
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Goes on from what `state` returned, here or in another CartPole of as many poles."""
-        self._state[...] = state["state"].reshape(self.num_envs, 2, 2).transpose(2, 1, 0)
-        self._steps[:], self._seeds[:] = state["steps"], state["seed"]
+        self._as_seen[...] = state["state"].reshape(self.num_envs, 2, 2)
+        self._deadline[:] = self._clock + self.max_episode_steps - state["steps"]
+        self._seeds[:] = state["seed"]
         self._seed_generators(state["episodes"])
-        self._observe(self._obs)
 
-    def _observe(self, out: np.ndarray) -> None:
-        out.reshape(2, 2, self.num_envs)[...] = self._state.swapaxes(0, 1)
+    def _observe(self, out: np.ndarray) -> np.ndarray:
+        """Writes the observations into `out` (N, 4), and returns it."""
+        np.copyto(out.reshape(self.num_envs, 2, 2), self._as_seen)
+        return out
 
     def _seed_generators(self, episodes: np.ndarray) -> None:
         """Gives each environment its generator, with `episodes` (N,) start states drawn."""
-        self._episodes[:] = episodes
-        self._generators = []
-        for i, seed in enumerate(self._seeds.tolist()):
-            blocks, inside = divmod(int(episodes[i]), self._block)
-            stream = np.random.PCG64(seed)
-            stream.advance(blocks * self._block * 4)
-            self._generators.append(np.random.Generator(stream))
-            if inside:  # if not, the next episode will draw
-                self._draw_starts(i)
+        self._blocks[:], inside = np.divmod(episodes, self._block)
+        used = self._blocks * self._block * 4  # numbers
+        streams = zip(map(np.random.PCG64, self._seeds.tolist()), used.tolist())
+        self._generators = [np.random.Generator(pcg.advance(k)) for pcg, k in streams]
+        for i in range(self.num_envs):
+            self._draw_starts(i)
+        self._next += inside
 
     def _draw_starts(self, i: int) -> None:
-        self._starts[i] = self._generators[i].uniform(-0.05, 0.05, (self._block, 4))
+        """Draws environment i its next block of start states: ±0.05 in every quantity."""
+        first = i * self._block
+        starts = self._generators[i].uniform(-0.05, 0.05, (self._block, 4))
+        self._starts[first : first + self._block] = starts[:, [0, 2, 1, 3]]  # as in _by_env
+        self._next[i] = first
 
     def _begin_episodes(self, rows: np.ndarray) -> None:
-        """Puts the environments `rows` (k,) into start states: ±0.05 in every quantity."""
-        episodes = self._episodes[rows]
-        slots = episodes % self._block
-        for i in rows[slots == 0]:
+        """Puts the environments `rows` (k,) into their next start states."""
+        slots = self._next[rows]
+        self._by_env[rows] = self._starts.take(slots, axis=0)  # (k, 4)
+        self._deadline[rows] = self._clock + self.max_episode_steps
+        slots += 1
+        self._next[rows] = slots
+        for i in rows[slots % self._block == 0]:
+            self._blocks[i] += 1
             self._draw_starts(i)
-        starts = self._starts.reshape(-1, 4).take(rows * self._block + slots, axis=0)  # (k, 4)
-        self._state.swapaxes(0, 1)[..., rows] = starts.T.reshape(2, 2, len(rows))
-        self._episodes[rows] = episodes + 1
-        self._steps[rows] = 0
 
 
 # ==============================================================================================
