@@ -486,6 +486,7 @@ class CartPole:
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
 DOING = ["stepping", "resetting", "giving its state", "taking a state", "closing"]
 POLLING = 200e-6  # seconds of it, before sleeping
+GIVE_WAY = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has only the latter
 
 
 class WorkerError(RuntimeError):
@@ -556,10 +557,13 @@ def _obey(env: Any, rows: dict[str, np.ndarray]) -> int:
         obs, rows["reward"][:], terminated, truncated, info = env.step(rows["action"])
         rows["obs"][:] = obs
         rows["terminated"][:], rows["truncated"][:] = terminated, truncated
-        ended = np.logical_or(terminated, truncated).nonzero()[0]
-        if ended.size:
-            final = info["final_obs"][ended]  # Gymnasium's is an array of objects
-            rows["final_obs"][ended] = np.stack(final) if final.dtype == object else final
+        if np.count_nonzero(terminated) or np.count_nonzero(truncated):
+            final = info["final_obs"]
+            if final.dtype == object:  # Gymnasium's, with arrays only where an episode ended
+                ended = np.logical_or(terminated, truncated)
+                rows["final_obs"][ended] = np.stack(final[ended])
+            else:
+                rows["final_obs"][:] = final
     elif command == RESET:
         seed = int(rows["seed"][0])  # the first environment's; the others' follow from it
         rows["obs"][:] = env.reset(seed=None if seed < 0 else seed)[0]
@@ -575,13 +579,12 @@ def _obey(env: Any, rows: dict[str, np.ndarray]) -> int:
 
 def _acquire(semaphore: Any, timeout: float | None) -> bool:
     """Acquires `semaphore` within `timeout` seconds (None: for ever); False if it could not."""
-    give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # not on Windows
-    began = time.perf_counter()
-    while time.perf_counter() - began < POLLING:
-        if semaphore.acquire(False):
-            return True
-        give_way()
-    return bool(semaphore.acquire(True, timeout))
+    until = time.perf_counter() + POLLING
+    while not semaphore.acquire(False):
+        if time.perf_counter() > until:
+            return bool(semaphore.acquire(True, timeout))
+        GIVE_WAY()
+    return True
 
 
 def _worker(make_env: Any, slice_: Any, shared: Any, report: Any, go: Any, done: Any) -> None:
@@ -741,7 +744,9 @@ class EnvPool:
         """Starts a step, and returns at once. Actions are (N, *action shape). Without workers,
         it is `recv` that steps."""
         actions, target = np.asarray(actions), self._arrays["action"]
-        fits = np.can_cast(actions.dtype, target.dtype, "same_kind") and actions.dtype != bool
+        fits = actions.dtype == target.dtype or (
+            actions.dtype != bool and np.can_cast(actions.dtype, target.dtype, "same_kind")
+        )
         if actions.shape != target.shape or not fits:
             got = f"{actions.dtype} {actions.shape}"
             raise ValueError(f"actions must be {target.dtype} {target.shape}, got {got}")
@@ -753,7 +758,7 @@ class EnvPool:
             raise RuntimeError("recv() needs a send() before it")
         self._collect()
         a = self._arrays
-        ended = np.logical_or(a["terminated"], a["truncated"]).any()
+        ended = np.count_nonzero(a["terminated"]) or np.count_nonzero(a["truncated"])
         info = {"final_obs": a["final_obs"]} if ended else {}
         return a["obs"], a["reward"], a["terminated"], a["truncated"], info
 
@@ -830,7 +835,7 @@ class EnvPool:
                 elif time.monotonic() > deadline:
                     problem = f"was still {doing} after {timeout:g} s"
                 alive = process.is_alive()  # if not, it may have released `done` just before
-            if report.value:
+            if report[0] != b"\0":
                 problem = f"raised while {doing}:\n{report.value.decode(errors='replace')}"
             if problem:
                 raise WorkerError(f"{process.name} {problem}", w, process.exitcode)
@@ -934,8 +939,24 @@ class ActorCritic(nn.Module):
         takes the most probable. Nothing is differentiable.
         """
         outputs = self.actor(self._flat(obs))
-        action = self._choose(outputs, greedy, generator).view(-1, *self.action_space.shape)
-        return action, self._logprob(outputs, action)
+        noise = None if greedy else self.noise(len(outputs), generator=generator)
+        action = self._choose(outputs, noise)
+        return action, self._judge(outputs, action)[0]
+
+    @torch.no_grad()
+    def choose(self, obs: np.ndarray | torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Only the action of `act`, with `noise` (N, outputs) that was drawn before."""
+        return self._choose(self.actor(self._flat(obs)), noise)
+
+    def noise(self, *shape: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """What makes choices random: (*shape, outputs), to be added to the actor's outputs."""
+        device = generator.device if generator else next(self.parameters()).device
+        noise = torch.empty(*shape, sum(self.choices), device=device)
+        if self.kinds[1] == "Box":
+            return noise.normal_(generator=generator)
+        # The largest of logit + Gumbel noise falls on each choice with its softmax probability,
+        # and -log of an exponential variable is Gumbel noise.
+        return -noise.exponential_(generator=generator).log_()
 
     def evaluate(
         self, obs: np.ndarray | torch.Tensor, action: torch.Tensor
@@ -943,9 +964,8 @@ class ActorCritic(nn.Module):
         """What the networks, as they are now, say of actions taken earlier: (logprob, entropy,
         value), each (N,) and differentiable."""
         flat = self._flat(obs)
-        outputs = self.actor(flat)
-        value = self.critic(flat).squeeze(-1)
-        return self._logprob(outputs, action), self._entropy(outputs), value
+        logprob, entropy = self._judge(self.actor(flat), action)
+        return logprob, entropy, self.critic(flat).squeeze(-1)
 
     def value(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """V of each observation: (N, *shape) → (N,)."""
@@ -960,51 +980,42 @@ class ActorCritic(nn.Module):
 
     def _flat(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """(N, *shape) → (N, O)"""
-        device = next(self.parameters()).device
-        flat = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        flat = torch.as_tensor(obs, dtype=torch.float32, device=self.actor[0].weight.device)
         if self.kinds[0] == "Discrete":
             index = flat.long() - int(self.observation_space.start)
             flat = nn.functional.one_hot(index, int(self.observation_space.n)).float()
-        flat = flat.reshape(len(flat), -1)
+        flat = flat.flatten(1) if flat.ndim > 1 else flat.unsqueeze(1)
         return flat if self.normalizer is None else self.normalizer(flat)
 
-    def _choose(
-        self, outputs: torch.Tensor, greedy: bool, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """Actions from the actor's outputs: (N, outputs) → (N, choices)."""
-        if self.kinds[1] == "Box":
-            if greedy:
-                return outputs
-            noise = torch.empty_like(outputs).normal_(generator=generator)
-            return outputs + self.log_std.exp() * noise
-        if not greedy:
-            # The largest of logit + Gumbel noise falls on each choice with its softmax
-            # probability, and -log of an exponential variable is Gumbel noise.
-            noise = torch.empty_like(outputs).exponential_(generator=generator)
-            outputs = outputs - noise.log()
-        logits = torch.split(outputs, self.choices, -1)  # n of (N, A)
-        return torch.stack([its.argmax(-1) for its in logits], -1)
+    def _logits(self, outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(N, outputs) → n of (N, A), one for each choice."""
+        return torch.split(outputs, self.choices, -1) if len(self.choices) > 1 else (outputs,)
 
-    def _logprob(self, outputs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """log π(a|s): (N, outputs), (N, *shape) → (N,)"""
+    def _choose(self, outputs: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Actions (N, *shape) from the actor's outputs; without noise, the most probable."""
+        if self.kinds[1] == "Box":
+            action = outputs if noise is None else outputs + self.log_std.exp() * noise
+        else:
+            scores = self._logits(outputs if noise is None else outputs + noise)
+            action = torch.stack([its.argmax(-1) for its in scores], -1)
+        return action.view(-1, *self.action_space.shape)
+
+    def _judge(
+        self, outputs: torch.Tensor, action: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π(a|s), and the entropy -Σ π·log π, which is log A where A choices are equally
+        probable and 0 where one is certain: (N, outputs), (N, *shape) → (N,) each."""
         action = action.reshape(len(action), -1)  # (N, choices)
         if self.kinds[1] == "Box":
             normal: Any = torch.distributions.Normal(outputs, self.log_std.exp(), False)
-            return torch.sum(normal.log_prob(action), -1)
-        pairs = zip(torch.split(outputs, self.choices, -1), action.unbind(-1))
-        losses = [nn.functional.cross_entropy(o, a, reduction="none") for o, a in pairs]
-        return -torch.stack(losses).sum(0)
-
-    def _entropy(self, outputs: torch.Tensor) -> torch.Tensor:
-        """-Σ π·log π: log A where A choices are equally probable, 0 where one is certain."""
-        if self.kinds[1] == "Box":
-            each = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
-            return each.sum().expand(len(outputs))
-        entropy = torch.zeros(())
-        for logits in torch.split(outputs, self.choices, -1):
+            return normal.log_prob(action).sum(-1), normal.entropy().sum(-1)
+        logprob = entropy = torch.zeros((), device=outputs.device)
+        for logits, chosen in zip(self._logits(outputs), action.unbind(-1)):
             logprobs = logits.log_softmax(-1)  # (N, A)
+            # nll_loss, the negative log-likelihood, is minus the element that `chosen` names.
+            logprob = logprob - nn.functional.nll_loss(logprobs, chosen, reduction="none")
             entropy = entropy - (logprobs.exp() * logprobs).sum(-1)
-        return entropy
+        return logprob, entropy
 
 
 # ==============================================================================================
@@ -1091,9 +1102,9 @@ def gae(
     # δ_t = r_t + γ·(1 - terminated_t)·V(s′_t) - V(s_t)
     advantages = rewards + gamma * next_values - values[:-1]
     # Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}, from the end to the start
-    goes_on = ~(terminated | truncated)
+    decay = np.where(terminated | truncated, 0, advantages.dtype.type(gamma * lam))
     for t in reversed(range(len(rewards) - 1)):
-        advantages[t] += gamma * lam * advantages[t + 1] * goes_on[t]
+        advantages[t] += decay[t] * advantages[t + 1]
     return advantages, advantages + values[:-1]
 
 
@@ -1107,9 +1118,6 @@ class Batch:
     advantage: torch.Tensor  # (B,) Â
     returns: torch.Tensor  # (B,) Â + V, the critic's targets
 
-    def __getitem__(self, index: torch.Tensor) -> "Batch":
-        return Batch(*(tensor[index] for tensor in vars(self).values()))
-
     def to(self, device: str) -> "Batch":
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
@@ -1120,44 +1128,39 @@ class Batch:
         leaves over is not dropped: the last piece of a pass may be smaller."""
         for _ in range(epochs):
             order = torch.randperm(len(self.obs), generator=generator).to(self.obs.device)
-            yield from (self[index] for index in torch.split(order, size))
+            shuffled = [tensor[order].split(size) for tensor in vars(self).values()]
+            yield from (Batch(*pieces) for pieces in zip(*shuffled))
 
 
 class RolloutBuffer:
-    """One rollout, T steps of N environments, until the next overwrites it."""
+    """One rollout, T steps of N environments, until the next overwrites it. NumPy arrays, as
+    that is what environments give and `gae` takes."""
 
     def __init__(
         self, num_steps: int, num_envs: int, observation_space: Any, action_space: Any
     ) -> None:
         T, N = num_steps, num_envs
-        self.obs = torch.zeros(T + 1, N, *observation_space.shape)
+        self.obs = np.zeros((T + 1, N, *observation_space.shape), np.float32)
         whole = np.issubdtype(action_space.dtype, np.integer)
-        dtype = torch.int64 if whole else torch.float32
-        self.action = torch.zeros(T, N, *action_space.shape, dtype=dtype)
-        self.logprob = torch.zeros(T, N)
-        self.reward = torch.zeros(T, N)
-        self.terminated = torch.zeros(T, N, dtype=torch.bool)
-        self.truncated = torch.zeros(T, N, dtype=torch.bool)
-        self.value = torch.zeros(T + 1, N)
-        self.final_value = torch.zeros(T, N)  # means something only where truncated
+        self.action = np.zeros((T, N, *action_space.shape), np.int64 if whole else np.float32)
+        self.logprob = np.zeros((T, N), np.float32)
+        self.reward = np.zeros((T, N), np.float32)
+        self.terminated, self.truncated = np.zeros((2, T, N), bool)
+        self.value = np.zeros((T + 1, N), np.float32)
+        self.final_value = np.zeros((T, N), np.float32)  # read only where truncated
 
-    def add(
-        self, t: int, action: torch.Tensor, logprob: torch.Tensor, *came_of_it: Any
-    ) -> None:
+    def add(self, t: int, action: np.ndarray, *came_of_it: np.ndarray) -> None:
         """Copies in step t: the action, and the next obs, reward, terminated and truncated that
         came of it, as the environments returned them. Each is (N, ...)."""
-        self.action[t], self.logprob[t] = action, logprob
-        rows = self.obs[t + 1], self.reward[t], self.terminated[t], self.truncated[t]
-        for row, array in zip(rows, came_of_it):
-            row.copy_(torch.as_tensor(array))
+        self.action[t] = action
+        self.obs[t + 1], self.reward[t], self.terminated[t], self.truncated[t] = came_of_it
 
     def batch(self, gamma: float, lam: float) -> Batch:
         """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
-        flags = self.terminated.numpy(), self.truncated.numpy()
-        values = self.value.numpy()
-        both = gae(self.reward.numpy(), values, *flags, self.final_value.numpy(), gamma, lam)
-        tensors = self.obs[:-1], self.action, self.logprob, *map(torch.from_numpy, both)
-        return Batch(*(tensor.flatten(0, 1) for tensor in tensors))
+        flags = self.terminated, self.truncated
+        both = gae(self.reward, self.value, *flags, self.final_value, gamma, lam)
+        arrays = self.obs[:-1], self.action, self.logprob, *both
+        return Batch(*(torch.from_numpy(array).flatten(0, 1) for array in arrays))
 
 
 # ==============================================================================================
@@ -1218,27 +1221,28 @@ def ppo_loss(
     # beside the others of its minibatch. A single one has no deviation, and stays as it is.
     advantage = batch.advantage
     if len(advantage) > 1:
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        std, mean = torch.std_mean(advantage)
+        advantage = (advantage - mean) / (std + 1e-8)
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
     # min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â )
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-    surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
+    surrogate = torch.min(ratio * advantage, clipped * advantage)
     # PPO's first implementation clips the change of V as well. That makes the critic's pace
     # depend on the size of rewards, and was found not to help (arXiv:2006.05990), so it is left
     # out.
-    value_loss = (value - batch.returns).square().mean()
-    bonus = entropy.mean()
-    objective = surrogate + config.ent_coef * bonus - config.vf_coef * value_loss
-    # KL(π_old ‖ π), the Kullback-Leibler divergence: how far the policy has moved. Estimated as
-    # mean(ratio - 1 - log ratio), no term of which is negative ("k3" in Schulman, 2020,
-    # "Approximating KL divergence").
-    kl = (ratio - 1 - log_ratio).mean()
-    clip_fraction = ((ratio - 1).abs() > config.clip).float().mean()
-    stats = {"policy_loss": -surrogate, "value_loss": value_loss, "entropy": bonus}
-    stats |= {"approx_kl": kl, "clip_fraction": clip_fraction}
-    return -objective, {name: scalar.detach() for name, scalar in stats.items()}
+    error = (value - batch.returns).square()
+    objective = (surrogate + config.ent_coef * entropy - config.vf_coef * error).mean()
+    with torch.no_grad():
+        # KL(π_old ‖ π), the Kullback-Leibler divergence: how far the policy has moved.
+        # Estimated as mean(ratio - 1 - log ratio), no term of which is negative ("k3" in
+        # Schulman, 2020, "Approximating KL divergence").
+        outside = (ratio - 1).abs() > config.clip
+        columns = {"policy_loss": -surrogate, "value_loss": error, "entropy": entropy}
+        columns |= {"approx_kl": ratio - 1 - log_ratio, "clip_fraction": outside.float()}
+        means = torch.stack(list(columns.values())).mean(1)
+    return -objective, dict(zip(columns, means))
 
 
 def world_size() -> int:
@@ -1506,16 +1510,16 @@ class Learner:
         self.obs_norm = Normalizer(math.prod(spaces[0].shape))
         self.reward_norm = Normalizer(1)
         # Return, length and discounted return so far of each environment's running episode
-        self.running = torch.zeros(3, config.num_envs, dtype=torch.float64)
+        self.running = np.zeros((3, config.num_envs))
         self.tensors = {
             "weights": self.optimizer.weights,
             "adam_mean": self.optimizer.mean,
             "adam_square": self.optimizer.square,
             "adam_steps": self.optimizer.steps,
-            "obs": self.buffer.obs[-1],
+            "obs": torch.from_numpy(self.buffer.obs[-1]),
             "obs_sums": self.obs_norm.sums,
             "reward_sums": self.reward_norm.sums,
-            "running": self.running,
+            "running": torch.from_numpy(self.running),
         }
         self.update = self.episodes = 0  # updates done, episodes finished
         self.recent: list[list[float]] = []  # [return, length] of the last 100 of these
@@ -1525,47 +1529,54 @@ class Learner:
         """Starts episodes whose seeds depend on the rank and on the updates done."""
         seed = derive_seed(self.config.seed, "environments", self.rank, self.update)
         self.buffer.obs[-1] = self.seen(self.envs.reset(seed=seed)[0])
-        self.running.zero_()
+        self.running[:] = 0
 
-    def seen(self, obs: np.ndarray, count: bool = True) -> torch.Tensor:
+    def seen(self, obs: np.ndarray, count: bool = True) -> np.ndarray:
         """Observations, (k, *shape), as the policy is to see them."""
-        tensor = torch.from_numpy(obs)
         if not self.config.norm_obs:
-            return tensor
+            return obs
+        rows = torch.from_numpy(obs).flatten(1)
         if count:
-            self.obs_norm.count(tensor.flatten(1))
-        return self.obs_norm(tensor.flatten(1)).view_as(tensor)
+            self.obs_norm.count(rows)
+        return self.obs_norm(rows).view(obs.shape).numpy()
 
     @torch.no_grad()
     def collect(self) -> None:
         """Plays T steps in every environment, and fills the buffer."""
         buffer, policy, config = self.buffer, self.policy, self.config
         buffer.obs[0] = buffer.obs[-1]  # goes on where the last rollout stopped
-        for t in range(config.num_steps):
-            action, logprob = policy.act(buffer.obs[t], generator=self.generators["actions"])
-            obs, earned, terminated, truncated, info = self.envs.step(policy.to_env(action))
-            reward = torch.from_numpy(earned)
+        # One draw for all steps, because at these sizes a draw costs as much as a layer.
+        shape, generator = buffer.action.shape[:2], self.generators["actions"]
+        for t, noise in enumerate(policy.noise(*shape, generator=generator)):
+            action = policy.choose(buffer.obs[t], noise)
+            obs, reward, terminated, truncated, info = self.envs.step(policy.to_env(action))
             self.running[0] += reward
             self.running[1] += 1
             if config.norm_reward:
                 self.running[2] = config.gamma * self.running[2] + reward
-                self.reward_norm.count(self.running[2].unsqueeze(1))
-                reward = (reward / self.reward_norm.moments()[1]).clamp(-10, 10)
-            buffer.add(t, action, logprob, self.seen(obs), reward, terminated, truncated)
+                self.reward_norm.count(torch.from_numpy(self.running[2]).unsqueeze(1))
+                reward = (reward / self.reward_norm.moments()[1].numpy()).clip(-10, 10)
+            buffer.add(t, action.cpu().numpy(), self.seen(obs), reward, terminated, truncated)
             if truncated.any():  # the one value that is needed at once: final_obs will be gone
                 cut = truncated.nonzero()[0]
                 reached = self.seen(info["final_obs"][cut], count=False)
                 buffer.final_value[t, cut] = policy.value(reached).cpu()
             ended = (terminated | truncated).nonzero()[0]
-            self.recent = (self.recent + self.running[:2, ended].T.tolist())[-100:]
-            self.running[:, ended] = 0
-            self.episodes += len(ended)
+            if len(ended):
+                self.recent = (self.recent + self.running[:2, ended].T.tolist())[-100:]
+                self.running[:, ended] = 0
+                self.episodes += len(ended)
 
     @torch.no_grad()
     def estimate(self) -> None:
-        """V of every observation in the rollout: in one batch, as nothing needed it before."""
-        buffer = self.buffer
-        buffer.value.view(-1)[:] = self.policy.value(buffer.obs.flatten(0, 1))
+        """What the networks say of the rollout: in one batch, as nothing needed it before."""
+        buffer, policy = self.buffer, self.policy
+        action = torch.from_numpy(buffer.action).flatten(0, 1).to(self.config.device)
+        obs = torch.from_numpy(buffer.obs[:-1]).flatten(0, 1)
+        logprob, _, value = policy.evaluate(obs, action)  # (B,) each
+        buffer.logprob[:] = logprob.cpu().view(buffer.logprob.shape)
+        buffer.value[:-1] = value.cpu().view(buffer.logprob.shape)
+        buffer.value[-1] = policy.value(buffer.obs[-1]).cpu()
 
     def improve(self, batch: Batch, rate: float) -> dict[str, float]:
         """One update of the policy: what `ppo_update` returns."""
