@@ -703,13 +703,13 @@ def make_policy(seed=0, space=TWO, hidden=(64, 64)):
 def test_initial_weights_are_orthogonal_with_gains_sqrt2_001_and_1():
     policy = make_policy()
     for body, last_gain in ((policy.actor, 0.01), (policy.critic, 1.0)):
-        linears = [layer for layer in body if isinstance(layer, torch.nn.Linear)]
-        assert [tuple(layer.weight.shape) for layer in linears[:2]] == [(64, 4), (64, 64)]
-        for layer, gain in zip(linears, (math.sqrt(2), math.sqrt(2), last_gain)):
-            w = layer.weight.detach()
+        weights, biases = list(body.parameters())[::2], list(body.parameters())[1::2]
+        assert [tuple(weight.shape) for weight in weights[:2]] == [(64, 4), (64, 64)]
+        for weight, bias, gain in zip(weights, biases, (2**0.5, 2**0.5, last_gain)):
+            w = weight.detach()
             gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
             torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), atol=1e-5, rtol=0)
-            assert not layer.bias.any()
+            assert len(bias) == len(w) and not bias.any()
     assert {tuple(p.shape) for p in make_policy(hidden=()).parameters()} == {
         (2, 4),
         (2,),
@@ -732,7 +732,7 @@ def test_weights_depend_on_the_generator_alone_and_leave_the_global_one_as_it_wa
 def test_logprob_and_entropy_are_those_of_torch_distributions():
     policy, obs = make_policy(space=thrust.Discrete(5)), torch.randn(300, 4) * 3
     with torch.no_grad():
-        policy.actor[-1].weight *= 300  # far from uniform
+        policy.actor.weight2 *= 300  # far from uniform
     action, logprob = policy.act(obs, generator=torch.Generator().manual_seed(1))
     reference = torch.distributions.Categorical(logits=policy.actor(obs))
     torch.testing.assert_close(logprob, reference.log_prob(action))
@@ -771,7 +771,7 @@ class MultiDiscrete:
 def test_several_choices_are_independent_categoricals():
     policy, obs = make_policy(space=MultiDiscrete([3, 2, 4])), torch.randn(100, 4) * 3
     with torch.no_grad():
-        policy.actor[-1].weight *= 300
+        policy.actor.weight2 *= 300
     action, logprob = policy.act(obs, generator=torch.Generator().manual_seed(1))
     assert action.shape == (100, 3) and action.dtype == torch.int64
     assert action.amax(0).tolist() == [2, 1, 3] and action.amin(0).tolist() == [0, 0, 0]
@@ -806,7 +806,7 @@ def test_discrete_observations_are_one_hot_and_starts_are_honoured():
     space = thrust.Discrete(3, start=-1)
     policy = thrust.ActorCritic(space, thrust.Discrete(2, start=5), (), torch.Generator())
     with torch.no_grad():
-        policy.critic[0].weight[:] = torch.tensor([10.0, 20.0, 30.0])
+        policy.critic.weight0[:] = torch.tensor([10.0, 20.0, 30.0])
     assert policy.value(np.array([-1, 1, 0, 1])).tolist() == [10, 30, 20, 30]
     action, _ = policy.act(np.array([0, 1]), greedy=True)
     assert set(action.tolist()) <= {0, 1}
@@ -983,7 +983,7 @@ def test_a_whole_update_is_stable_baselines3s():
     size, knobs = 256, {"ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
     policy = make_policy()
     with torch.no_grad():
-        policy.actor[-1].weight *= 100
+        policy.actor.weight2 *= 100
     theirs = sb3.PPO(
         "MlpPolicy", gym.make("CartPole-v1"), n_steps=size, batch_size=size, n_epochs=1,
         learning_rate=1e-3, clip_range=0.2, device="cpu", **knobs
@@ -993,8 +993,7 @@ def test_a_whole_update_is_stable_baselines3s():
     bodies += (policy.critic, extractor.value_net, theirs.policy.value_net)
     pairs = []
     for ours, body, head in (bodies[:3], bodies[3:]):
-        mine = [p for layer in ours for p in layer.parameters()]
-        pairs += zip(mine, [*body.parameters(), *head.parameters()])
+        pairs += zip(ours.parameters(), [*body.parameters(), *head.parameters()])
     for mine, other in pairs:
         other.data.copy_(mine.data)
     batch, config = some_batch(policy, size), thrust.Config(**knobs)

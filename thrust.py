@@ -870,17 +870,27 @@ class EnvPool:
 # ==============================================================================================
 
 
-def mlp(sizes: list[int], gain: float, generator: torch.Generator | None) -> nn.Sequential:
-    """mlp([4, 64, 64, 2], ...) is 4 → 64 → tanh → 64 → tanh → 2; `gain` is the last layer's."""
-    gains = [math.sqrt(2)] * (len(sizes) - 2) + [gain]
-    layers: list[nn.Module] = []
-    for inputs, outputs, its_gain in zip(sizes, sizes[1:], gains):
-        with torch.random.fork_rng(devices=[]):  # nn.Linear would disturb the global generator
-            linear = nn.Linear(inputs, outputs)
-        nn.init.orthogonal_(linear.weight, its_gain, generator=generator)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.Tanh()]
-    return nn.Sequential(*layers[:-1])  # no tanh at the end
+class MLP(nn.Module):
+    """MLP([4, 64, 64, 2], ...) is 4 → 64 → tanh → 64 → tanh → 2; `gain` is the last layer's."""
+
+    def __init__(
+        self, sizes: list[int], gain: float, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        gains = [math.sqrt(2)] * (len(sizes) - 2) + [gain]
+        for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
+            weight = nn.init.orthogonal_(torch.empty(outputs, inputs), gains[i], generator)
+            self.register_parameter(f"weight{i}", nn.Parameter(weight))
+            self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(outputs)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, first size) → (N, last size)"""
+        parameters = list(self.parameters())
+        *hidden, last = zip(parameters[::2], parameters[1::2])  # (weight, bias) of each layer
+        x = x.to(parameters[0].device)
+        for weight, bias in hidden:
+            x = nn.functional.linear(x, weight, bias).tanh()
+        return nn.functional.linear(x, *last)
 
 
 class ActorCritic(nn.Module):
@@ -922,8 +932,8 @@ class ActorCritic(nn.Module):
             )
         one_hot = self.kinds[0] == "Discrete"
         inputs = int(observation_space.n) if one_hot else math.prod(observation_space.shape)
-        self.actor = mlp([inputs, *hidden, sum(self.choices)], 0.01, generator)
-        self.critic = mlp([inputs, *hidden, 1], 1.0, generator)
+        self.actor = MLP([inputs, *hidden, sum(self.choices)], 0.01, generator)
+        self.critic = MLP([inputs, *hidden, 1], 1.0, generator)
 
     @torch.no_grad()
     def act(
@@ -980,7 +990,7 @@ class ActorCritic(nn.Module):
 
     def _flat(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """(N, *shape) → (N, O)"""
-        flat = torch.as_tensor(obs, dtype=torch.float32, device=self.actor[0].weight.device)
+        flat = torch.as_tensor(obs, dtype=torch.float32)
         if self.kinds[0] == "Discrete":
             index = flat.long() - int(self.observation_space.start)
             flat = nn.functional.one_hot(index, int(self.observation_space.n)).float()
@@ -1214,7 +1224,7 @@ def ppo_loss(
     """The loss of arXiv:1707.06347, equations 7 and 9, on one minibatch: a scalar to descend,
     and scalars for the log: policy_loss, value_loss, entropy, approx_kl and clip_fraction."""
     logprob, entropy, value = policy.evaluate(batch.obs, batch.action)  # (M,) each
-    shapes = {tuple(x.shape) for x in (logprob, value, batch.logprob, batch.advantage)}
+    shapes = {x.shape for x in (logprob, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
     # Advantages are shifted and scaled to mean 0 and deviation 1 in each minibatch, so that the
     # learning rate need not know how large rewards are. What counts is then how an action did
@@ -1233,7 +1243,10 @@ def ppo_loss(
     # depend on the size of rewards, and was found not to help (arXiv:2006.05990), so it is left
     # out.
     error = (value - batch.returns).square()
-    objective = (surrogate + config.ent_coef * entropy - config.vf_coef * error).mean()
+    gain = surrogate - config.vf_coef * error
+    if config.ent_coef:  # if not, nothing need be differentiated
+        gain = gain + config.ent_coef * entropy
+    objective = gain.mean()
     with torch.no_grad():
         # KL(π_old ‖ π), the Kullback-Leibler divergence: how far the policy has moved.
         # Estimated as mean(ratio - 1 - log ratio), no term of which is negative ("k3" in
