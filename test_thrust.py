@@ -10,11 +10,13 @@ formula written out in full. Tests that need a package outside requirements.txt 
 where it is missing, unless THRUST_ALL_TESTS is set, as it is in CI.
 """
 
+import contextlib
 import csv
 import dataclasses
 import doctest
 import importlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -22,6 +24,7 @@ import multiprocessing as mp
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -177,8 +180,13 @@ def use_command_line(m):
     assert m.main(flags.split()) == 0
 
 
+def use_page(m):
+    thrust.train(small())
+    assert m.write_page("runs/CartPole-0").name == "page.html"
+
+
 USES = [use_config, use_cartpole, use_pool, use_actor_critic, use_buffer, use_ppo]
-USES += [use_training, use_command_line]
+USES += [use_training, use_command_line, use_page]
 
 
 @pytest.mark.parametrize("number", range(1, len(USES) + 1))
@@ -1213,6 +1221,10 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(undisturbed, i
     assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(result.policy)
     assert rows_without_clock(resumed.run) == rows_without_clock(result.run)
     assert len(rows_without_clock(resumed.run)) == config.num_updates
+    (ours,), (theirs,) = (thrust.load_checkpoint(r.run)[1] for r in (resumed, result))
+    assert len(ours["snapshots"]) == len(theirs["snapshots"]) == 8
+    for a, b in zip(ours["snapshots"], theirs["snapshots"]):
+        assert a["steps"] == b["steps"] and torch.equal(a["weights"], b["weights"])
 
 
 def test_the_log_has_every_column_for_every_update(undisturbed):
@@ -1239,6 +1251,8 @@ def test_a_checkpoint_is_data_and_its_policy_is_the_one_that_was_trained(undistu
         "checkpoint.pt",
         "config.json",
         "log.csv",
+        "page.html",
+        "policy.json",
     ]
 
 
@@ -1291,14 +1305,14 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(in_tmp):
             thrust.load(in_tmp)
         assert "\n" not in str(refusal.value)
     torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="its format is 99, and not 1"):
+    with pytest.raises(ValueError, match="its format is 99, and not 2"):
         thrust.load(in_tmp)
 
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(in_tmp / "executed"),)
 
-    torch.save({"format": 1, "evil": Evil()}, path)
+    torch.save({"format": thrust.CHECKPOINT_FORMAT, "evil": Evil()}, path)
     with pytest.raises(ValueError, match="is not a checkpoint"):
         thrust.load(in_tmp)
     assert not (in_tmp / "executed").exists()
@@ -1661,6 +1675,8 @@ def test_two_ranks_train_one_policy_and_go_on_after_a_kill(in_tmp):
     rows = rows_without_clock(in_tmp / "runs/CartPole-0")
     assert [int(row["steps"]) for row in rows] == [128 * (i + 1) for i in range(40)]
     assert any(int(row["gradient_steps"]) < 8 for row in rows)  # target_kl ended some, on both
+    assert [s["steps"] for s in first["snapshots"]][::7] == [0, 5120]
+    assert (in_tmp / "runs/CartPole-0/page.html").exists()
     with pytest.raises(ValueError, match="was trained by 2 ranks, and not 1"):
         thrust.train(config, resume="runs/CartPole-0")
 
@@ -1678,12 +1694,22 @@ def test_two_ranks_train_one_policy_and_go_on_after_a_kill(in_tmp):
     assert rows_without_clock(in_tmp / "runs/CartPole-0-2") == rows
 
 
-def test_the_defaults_solve_cartpole(in_tmp, capsys):
-    result = thrust.train(thrust.Config(seed=7))
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """What training with the defaults gives: (result, lines of output)."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.chdir(tmp_path_factory.mktemp("solved"))
+        result = thrust.train(thrust.Config(seed=7))
+        return result._replace(run=result.run.absolute()), output.getvalue().splitlines()
+
+
+def test_the_defaults_solve_cartpole(solved):
+    result, lines = solved
     assert result.evaluation.mean == 500.0 and len(result.evaluation.returns) == 100
-    lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("passed 195, the bar of CartPole-v0")]
     assert [line for line in lines if line.startswith("passed 475, the bar of CartPole-v1")]
+    assert lines[-3] == f"page: {os.path.join('runs', 'CartPole-7', 'page.html')}"
     assert lines[-2] == "evaluation: mean return 500.0 ± 0.0 over 100 episodes"
     assert lines[-1] == f"weights: {thrust.weights_hash(result.policy)}"
 
@@ -1714,6 +1740,8 @@ def test_every_knob_is_a_flag_with_its_help_and_default(capsys):
         ("--seed", "argument --seed: expected one argument"),
         ("--num-env 4", "unrecognized arguments: --num-env 4"),
         ("--resume a --evaluate b", "not allowed with argument"),
+        ("--evaluate a --watch b", "not allowed with argument"),
+        ("--watch a --seed 3", "--watch RUN takes no other flag"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, message, in_tmp, capsys):
@@ -1767,6 +1795,420 @@ def test_an_interrupted_run_saves_itself_and_leaves_nothing(signal_name, workers
         for _ in range(200):
             os.killpg(process.pid, 0)
             time.sleep(0.01)
+
+
+# ==============================================================================================
+# 9. Page
+# ==============================================================================================
+
+
+def test_policy_json_played_with_numpy_alone_is_the_policy(solved, in_tmp, capsys):
+    spaces = ["test_thrust:TwoChoices", "CartPole"]
+    spaces += ["Pendulum-v1", "FrozenLake-v1"] if importlib.util.find_spec("gymnasium") else []
+    for env in spaces:
+        trained("--env", env, *["--norm-obs"] * (env != "FrozenLake-v1"))
+    runs = [solved[0].run, *sorted(in_tmp.glob("runs/*"))]
+    assert len(runs) == 1 + len(spaces)
+    for run in runs:
+        policy, text = thrust.load(run), (run / "policy.json").read_text(encoding="utf-8")
+        content = json.loads(text, parse_constant=pytest.fail)  # no NaN, no Infinity
+        obs = np.random.default_rng(0).normal(size=(20, *policy.observation_space.shape))
+        x = obs.reshape(20, -1)
+        if content["observation"]["kind"] == "Discrete":
+            obs = np.arange(content["observation"]["n"])
+            x = np.eye(len(obs))
+        if (norm := content["normalisation"]) is not None:
+            x = (x - norm["mean"]) / norm["std"]
+            x = np.clip(x, -norm["clip"], norm["clip"])
+        flat = policy._flat(torch.as_tensor(obs))
+        for name in ("actor", "critic"):
+            outputs = x
+            for layer in content[name]:
+                outputs = outputs @ np.transpose(layer["weight"]) + layer["bias"]
+                outputs = np.tanh(outputs) if layer["activation"] == "tanh" else outputs
+            expected = getattr(policy, name)(flat).detach().numpy()
+            np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+        assert content["action"]["kind"] == policy.kinds[1]
+        if policy.kinds[1] == "Box":
+            assert content["log_std"] == policy.log_std.tolist()
+            assert content["action"]["high"] == policy.action_space.high.tolist()
+        origin, (config, (state,)) = content["provenance"], thrust.load_checkpoint(run)
+        assert origin["weights"] == thrust.weights_hash(policy)
+        assert origin["steps"] == state["rows"][-1]["steps"]
+        assert thrust.Config(**origin["config"]) == config
+    assert f"# Thrust {origin['thrust']}, MIT licence" in SOURCE.read_text(encoding="utf-8")
+
+
+def run_data(page):
+    """The data in a page."""
+    return json.loads(re.search(r"const run = (.*), \{log,", page.read_text("utf-8"))[1])
+
+
+def test_snapshots_are_spread_over_training_and_end_with_the_policy(solved):
+    result, _ = solved
+    data = run_data(result.run / "page.html")
+    assert [p["steps"] // 2048 for p in data["policies"]] == [0, 10, 21, 31, 42, 52, 63, 73]
+    _, (state,) = thrust.load_checkpoint(result.run)
+    assert torch.equal(state["snapshots"][-1]["weights"], state["tensors"]["weights"])
+    with thrust.EnvPool(thrust.CartPole, 64, 0) as envs:
+        untrained = thrust.Learner(thrust.Config(seed=7), envs)
+    torch.testing.assert_close(state["snapshots"][0]["weights"], untrained.optimizer.weights)
+
+
+def test_a_page_holds_no_more_of_a_long_log_than_can_be_seen(in_tmp):
+    result = thrust.train(small())
+    config, (state,) = thrust.load_checkpoint(result.run)
+    rows = [{**state["rows"][-1], "update": i, "steps": i} for i in range(1, 10_001)]
+    thrust.save_checkpoint(result.run, config, {**state, "rows": rows})
+    page = thrust.write_page(result.run)
+    steps = run_data(page)["log"]["steps"]
+    assert len(steps) == thrust.ROWS_ON_PAGE and (steps[0], steps[-1]) == (1, 10_000)
+
+
+def test_names_cannot_end_the_pages_script(in_tmp, monkeypatch):
+    result = thrust.train(small())
+    config, (state,) = thrust.load_checkpoint(result.run)
+    monkeypatch.setattr(thrust, "load", lambda run: result.policy)
+    evil = dataclasses.replace(config, env="</script><script>alert(1)</script>RUN_DATA")
+    thrust.save_checkpoint(result.run, evil, state)
+    page = thrust.write_page(result.run)
+    assert page.read_text("utf-8").count("</script>") == 1
+    assert run_data(page)["name"] == f"{evil.env}, seed 0"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no browser named by BROWSER")
+def test_watch_writes_the_page_of_any_run_and_opens_it(in_tmp):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thrust, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # a run that did not end
+            thrust.train(small())
+    browser, opened = in_tmp / "browser", in_tmp / "opened"
+    browser.write_text(f'#!/bin/sh\necho noise; echo noise >&2; echo "$1" > {opened}\n')
+    browser.chmod(0o755)
+    run, page = os.path.join("runs", "CartPole-0"), in_tmp / "runs" / "CartPole-0" / "page.html"
+    # A browser, and none
+    for there, path in ((browser, os.environ["PATH"]), ("", "/nowhere")):
+        page.unlink(missing_ok=True)
+        environment = {**os.environ, "BROWSER": str(there), "PATH": path, "DISPLAY": ""}
+        watch = subprocess.run(
+            command("--watch", run), capture_output=True, text=True, env=environment
+        )
+        told = f"page: {os.path.join(run, 'page.html')}\n"
+        assert (watch.returncode, watch.stdout, watch.stderr) == (0, told, "")
+        assert run_data(page)["summary"] == "Not finished: update 6 of 6"
+    assert opened.read_text().strip() == page.as_uri()
+
+
+def test_watching_what_is_no_run_is_one_sentence(in_tmp, capsys):
+    assert thrust.main(["--watch", "nowhere"]) == 1
+    error = capsys.readouterr().err
+    assert error == "thrust: nowhere holds no checkpoint.pt: give the folder of a run\n"
+
+
+# --- in a browser
+
+
+class Browser:
+    """A headless Chromium, showing one page at a time."""
+
+    def __init__(self, webdriver, profile):
+        options, service = webdriver.ChromeOptions(), webdriver.ChromeService()
+        options.binary_location = shutil.which("chromium")
+        service.path = shutil.which("chromedriver")
+        quiet = "disable-gpu disable-quic no-first-run disable-background-networking"
+        for flag in f"headless=new no-sandbox {quiet} disable-component-update".split():
+            options.add_argument("--" + flag)
+        options.add_argument("--disable-sync")
+        options.add_argument(f"--user-data-dir={profile}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=service)
+        self.js = self.driver.execute_script
+
+    def open(self, page, width=1280, scheme="light", motion="no-preference"):
+        """Opens a page anew, in a window of some width."""
+        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        features = [{"name": name, "value": value} for name, value in media.items()]
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get("about:blank")
+        self.complaints(), self.requests()
+        self.driver.get(page.as_uri())
+
+    def complaints(self):
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def requests(self):
+        """The addresses asked for since this was last called."""
+        events = (
+            json.loads(e["message"])["message"] for e in self.driver.get_log("performance")
+        )
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [params["request"]["url"] for params in sent]
+
+    def element(self, id):
+        return self.driver.find_element("id", id)
+
+    def text(self, id):
+        return self.element(id).text
+
+    def press(self, *keys, at="body"):
+        self.js("document.activeElement.blur()")
+        self.driver.find_element("css selector", at).send_keys(*keys)
+
+    def wait(self, script):
+        """Waits until JavaScript says yes."""
+        for _ in range(500):
+            if self.js("return " + script):
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"never: {script}")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = oracle("selenium.webdriver")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        missing = "needs a browser: apt-get install chromium chromium-driver"
+        assert not os.environ.get("THRUST_ALL_TESTS"), missing
+        pytest.skip(missing)
+    browser = Browser(webdriver, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.driver.quit()
+
+
+def test_in_the_browser_the_physics_are_those_of_cartpole(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    env, rng = thrust.CartPole(2000), np.random.default_rng(0)
+    env.reset(seed=0)
+    before = env.state()
+    before["state"] = rng.uniform(-1, 1, (2000, 4)) * [2.3, 3.0, 0.2, 3.0]
+    env.set_state(before)
+    actions = rng.integers(0, 2, 2000)
+    terminated = env.step(actions)[2]
+    script = "const [s, a] = arguments; return s.map((x, i) => thrust.step(x, a[i] ? 10 : -10))"
+    after = np.array(browser.js(script, before["state"].tolist(), actions.tolist()))
+    fell = browser.js("return arguments[0].map(thrust.fallen)", after.tolist())
+    assert same(np.array(fell), terminated) and 0 < terminated.sum() < 1000
+    difference = np.abs(after - env.state()["state"])[~terminated]
+    assert difference.max() < 1e-12
+
+
+STARTS = np.random.default_rng(1).uniform(-0.05, 0.05, (100, 4))
+
+
+def played(policy, steps):
+    """Plays from STARTS: (states before each step and at the end, actions, steps survived)."""
+    env = thrust.CartPole(100)
+    obs, _ = env.reset(seed=0)
+    env.set_state({**env.state(), "state": STARTS})
+    obs, states, actions = STARTS.astype(np.float32), [STARTS], []
+    survived, alive = np.zeros(100), np.ones(100, bool)
+    for _ in range(steps):
+        actions.append(policy.act(obs, greedy=True)[0].numpy())
+        obs, _, terminated, _, _ = env.step(actions[-1])
+        survived += alive
+        alive &= ~terminated
+        states.append(env.state()["state"])
+    return np.array(states), np.array(actions), survived
+
+
+def test_running_free_fifty_steps_in_the_browser_agree(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    states, actions, survived = played(solved[0].policy, 50)
+    assert (survived == 50).all()
+    script = """const [starts, actions] = arguments; return starts.map((state, i) => {
+        for (const a of actions) state = thrust.step(state, a[i] ? 10 : -10);
+        return state; })"""
+    reached = np.array(browser.js(script, STARTS.tolist(), actions.tolist()))
+    assert np.abs(reached - states[-1]).max() < 1e-9
+
+
+def snapshot_policies(run):
+    """The policies of a CartPole run's snapshots."""
+    config, (state,) = thrust.load_checkpoint(run)
+    for snapshot in state["snapshots"]:
+        policy = thrust.load(run)
+        nn = torch.nn.utils
+        nn.vector_to_parameters(snapshot["weights"], policy.parameters())
+        mean, std = snapshot["mean"], snapshot["std"]
+        if config.norm_obs:
+            policy.normalizer = lambda x, m=mean, s=std: ((x - m) / s).clamp(-10, 10)
+        yield policy
+
+
+def test_in_the_browser_every_snapshot_has_the_policys_probabilities(solved, browser, in_tmp):
+    trained("--norm-obs", "--hidden", "16", "8", "24")
+    for run, number in ((solved[0].run, 8), (in_tmp / "runs/CartPole-0", 4)):
+        browser.open(run / "page.html")
+        states = np.random.default_rng(2).uniform(-1, 1, (200, 4)) * [2.4, 3, 0.21, 3]
+        script = (
+            "return arguments[0].map((s) => thrust.think(thrust.policies[arguments[1]], s))"
+        )
+        policies = list(snapshot_policies(run))
+        assert len(policies) == number == browser.js("return thrust.policies.length")
+        for i, policy in enumerate(policies):
+            # a function of its own, as `arguments` in an arrow function are the outer ones
+            thoughts = browser.js(script, states.tolist(), i)
+            expected = policy.actor(policy._flat(states)).softmax(-1).detach().numpy()
+            got = np.array([thought["probabilities"] for thought in thoughts])
+            assert np.abs(got - expected).max() < 1e-5
+            value = policy.value(states).detach().numpy()
+            np.testing.assert_allclose([t["value"] for t in thoughts], value, 1e-4, 1e-4)
+            greedy = policy.act(states, greedy=True)[0].numpy()
+            sure = np.abs(expected[:, 0] - 0.5) > 1e-5
+            assert (np.array([t["action"] for t in thoughts]) == greedy)[sure].all()
+
+
+def test_in_the_browser_policies_balance_as_often_and_learn_it(solved, browser):
+    browser.open(solved[0].run / "page.html", motion="reduce")
+    script = """const [policy, starts] = arguments; return starts.map((state) => {
+        thrust.begin();
+        Object.assign(thrust.live, {policy: thrust.policies[policy], state});
+        thrust.live.thought = thrust.think(thrust.live.policy, state);
+        while (thrust.live.steps < 500 && !thrust.fallen(thrust.live.state)) thrust.advance();
+        return thrust.live.steps; })"""
+    policies = list(snapshot_policies(solved[0].run))
+    for i in (0, 1, 7):
+        in_python = played(policies[i], 500)[2]
+        in_browser = np.array(browser.js(script, i, STARTS.tolist()))
+        stood = [(survived == 500).sum() for survived in (in_python, in_browser)]
+        assert stood[0] == stood[1]
+        assert abs(in_python.mean() - in_browser.mean()) < 5
+        if i == 0:
+            assert stood == [0, 0]
+        if i == 7:
+            assert min(stood) >= 99
+
+
+def test_the_page_asks_for_nothing_and_complains_of_nothing(solved, browser, in_tmp, capsys):
+    trained("--env", "test_thrust:Stateless")
+    for run in (solved[0].run, in_tmp / "runs/test_thrust-Stateless-0"):
+        page = run / "page.html"
+        assert page.stat().st_size < 500_000
+        for width, scheme in ((1280, "light"), (360, "dark")):
+            browser.open(page, width, scheme)
+            time.sleep(0.3)
+            assert browser.requests() == [page.as_uri()] and browser.complaints() == []
+            needed = browser.js("return document.documentElement.scrollWidth")
+            assert needed <= browser.js("return innerWidth") == width
+            paper = browser.js("return getComputedStyle(document.body).backgroundColor")
+            assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_buttons_and_keys_do_what_they_say(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    began = time.monotonic()
+    browser.wait("thrust.live.steps > 5")
+    browser.press(" ")
+    state, steps = browser.js("return [thrust.live.state, thrust.live.steps]")
+    assert steps <= (time.monotonic() - began) * 50 + 10  # not faster than life
+    assert browser.text("pause") == "Play" and browser.text("status") == f"step {steps}"
+    time.sleep(0.1)
+    assert browser.js("return thrust.live.steps") == steps
+    shown = [dd.text for dd in browser.driver.find_elements("css selector", "#numbers dd")]
+    assert shown[:4] == [f"{x:.3f}" for x in state]
+    assert sum(map(float, shown[4:6])) == pytest.approx(1, abs=0.002) and float(shown[6]) > 10
+
+    def one_step(*way):
+        """Goes one step, and returns the force that this took."""
+        before, thought = browser.js("return [thrust.live.state, thrust.live.thought]")
+        for act in way:
+            act()
+        after = browser.js("return thrust.live.state")
+        forces = [
+            force
+            for force in range(-90, 91, 10)
+            if browser.js("return thrust.step(...arguments)", before, force) == after
+        ]
+        assert len(forces) == 1
+        return forces[0] - (10 if thought["action"] else -10)
+
+    def click(id):
+        return browser.element(id).click
+
+    def key(*keys):
+        return lambda: browser.press(*keys)
+
+    left, right = "\ue012", "\ue014"
+    assert one_step(click("step")) == 0
+    assert one_step(key("s")) == 0
+    assert one_step(key(right), key("s")) == 40
+    assert one_step(key(left), click("step")) == -40
+    assert one_step(click("right"), click("right"), key("s")) == 80
+    assert one_step(click("left"), click("step")) == -40
+    assert browser.js("return thrust.live.steps") == steps + 6
+    for again in (key("r"), click("again")):
+        again()
+        start, now = browser.js("return [thrust.live.state, thrust.live.steps]")
+        assert now == 0 and max(map(abs, start)) < 0.05 and start != state
+        one_step(key("s"))
+    for go in (key(" "), click("pause")):
+        go()
+        assert browser.text("pause") == "Pause"
+        now = browser.js("return thrust.live.steps")
+        browser.wait(f"thrust.live.steps > {now}")
+        click("pause")()
+        assert browser.text("pause") == "Play"
+    browser.press(" ", at="#pause")  # presses the button, and is not obeyed a second time
+    assert browser.text("pause") == "Pause"
+    assert browser.complaints() == []
+
+
+def test_the_slider_goes_back_to_a_policy_that_falls(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    assert browser.text("age") == "149,504"
+    browser.press("\ue011", at="#policy")  # Home
+    assert browser.text("age") == "0"
+    browser.wait("document.getElementById('status').textContent.startsWith('fell at step ')")
+    browser.wait("!thrust.fallen(thrust.live.state)")  # and then begins anew
+    browser.press("\ue014", at="#policy")  # an arrow here moves the slider, and not the cart
+    assert browser.text("age") == "20,480" and browser.js("return thrust.live.push") == 0
+
+
+def test_where_motion_is_to_be_reduced_the_pole_waits(solved, browser):
+    browser.open(solved[0].run / "page.html", motion="reduce")
+    time.sleep(0.1)
+    assert browser.js("return thrust.live.steps") == 0 and browser.text("pause") == "Play"
+
+
+def test_the_curve_can_be_read_with_pointer_and_keys(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    rows, chart = solved[0].rows, browser.element("chart")
+    labels = [text.text for text in chart.find_elements("css selector", "text")]
+    assert {"environment steps", "mean return", "195 solves CartPole-v0"} <= set(labels)
+    assert browser.text("at") == "149,504 steps: 500"
+    browser.press("\ue011", at="#chart")  # Home
+    assert browser.text("at") == f"2,048 steps: {rows[0]['mean_return']:.4g}"
+    assert chart.get_attribute("aria-valuenow") == "0"
+    browser.press("\ue014", "\ue014", "\ue012", at="#chart")
+    assert browser.text("at").startswith("4,096 steps: ")
+    assert browser.js("return thrust.live.push") == 0
+    mouse = importlib.import_module("selenium.webdriver").ActionChains(browser.driver)
+    mouse.move_to_element(chart).perform()
+    assert 60_000 < int(browser.text("at").split()[0].replace(",", "")) < 90_000
+    for column in ("approx_kl", "entropy", "explained_variance", "clip_fraction"):
+        browser.driver.find_element("css selector", f"option[value={column}]").click()
+        assert column.replace("_", " ") in browser.element("chart").text
+        assert thrust.COLUMNS[column] in browser.text("meaning")
+        assert "CartPole-v0" not in browser.element("chart").text
+    assert browser.complaints() == []
+
+
+def test_the_page_of_another_environment_has_its_curve_and_no_pole(browser, in_tmp):
+    gym = oracle("gymnasium")
+    trained("--env", "Acrobot-v1", "--total-steps=3072")
+    browser.open(in_tmp / "runs/Acrobot-v1-0/page.html")
+    assert not browser.element("live").is_displayed()
+    assert browser.text("name") == "Acrobot-v1, seed 0"
+    threshold = gym.spec("Acrobot-v1").reward_threshold
+    assert f"{threshold:g} solves Acrobot-v1" in browser.element("chart").text
+    browser.press("\ue011", at="#chart")  # Home: no episode has ended yet
+    assert browser.text("at") == "128 steps: none yet"
+    path = browser.driver.find_element("css selector", ".curve").get_attribute("d")
+    assert path.startswith("M") and "NaN" not in path
+    assert browser.text("summary").startswith("Evaluation: mean return -")
+    assert browser.complaints() == []
 
 
 if __name__ == "__main__":

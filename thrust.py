@@ -32,13 +32,15 @@ PPO in six steps. The training loop, at the end of part 7, carries the same numb
                    again: it was played by a policy that no longer exists.
     6. Repeat      from 1 until the budget of steps is spent; then evaluate the final policy.
 
-The parts. The code of each uses only what stands above it, and under its heading each says what
-it needs where it is copied to: imports, and earlier parts together with theirs.
+The parts. The code of each uses only what stands above it (but for the calls that end a run by
+writing its page), and under its heading each says what it needs where it is copied to: imports,
+and other parts together with theirs.
 
     1. Config         the knobs               5. RolloutBuffer  storage, and advantages (GAE)
     2. CartPole       the game                6. PPO            the loss and the update
     3. EnvPool        games in processes      7. Training       the loop, checkpoints, resume
     4. ActorCritic    the two networks        8. Command line   flags, exit codes
+                                              9. Page           to look at what was learned
 
 Words. An *environment* is a game. What the player sees of its *state* is an *observation*, or
 obs (of CartPole it sees everything); what it does is an *action*, and what it is paid for one
@@ -70,6 +72,7 @@ Orthogonal weights, Saxe et al. 2013, arXiv:1312.6120. The pole, Barto, Sutton a
 """
 
 import argparse
+import base64
 import contextlib
 import csv
 import dataclasses
@@ -81,6 +84,7 @@ import os
 import pathlib
 import pkgutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1345,7 +1349,7 @@ def ppo_update(
 
 # ==============================================================================================
 # 7. Training
-# Needs: import contextlib, csv, hashlib, json, pathlib, pkgutil, sys; parts 1, 2, 3, 4, 5, 6
+# Needs: import contextlib, csv, hashlib, json, pathlib, pkgutil, sys; parts 1, 2, 3, 4, 5, 6, 9
 #
 # The loop at the end of this part is PPO's six steps in order. What surrounds it makes a run
 # repeatable, and hard to lose.
@@ -1386,10 +1390,16 @@ COLUMNS = {
 }
 PURPOSES = ["weights", "environments", "actions", "minibatches", "evaluation"]
 BARS = {195: "CartPole-v0", 475: "CartPole-v1"}  # mean returns that count as solving them
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # in a resumed run's config
 EVALUATION_LIMIT = 1_000_000  # steps
-PLAIN = ["update", "episodes", "recent", "rows"]  # what Learner keeps in plain Python
+PLAIN = [
+    "update",
+    "episodes",
+    "recent",
+    "rows",
+    "snapshots",
+]  # what Learner keeps in plain Python
 
 
 def derive_seed(seed: int, purpose: str, *more: int) -> int:
@@ -1537,6 +1547,8 @@ class Learner:
         self.update = self.episodes = 0  # updates done, episodes finished
         self.recent: list[list[float]] = []  # [return, length] of the last 100 of these
         self.rows: list[dict[str, float]] = []  # of the log
+        self.snapshots: list[dict[str, Any]] = []  # of the policy, for the page (part 9)
+        self.keep_snapshot()
 
     def begin(self) -> None:
         """Starts episodes whose seeds depend on the rank and on the updates done."""
@@ -1597,7 +1609,20 @@ class Learner:
         batch = batch.to(self.config.device)
         stats = ppo_update(self.policy, self.optimizer, batch, self.config, rate, generator)
         self.update += 1
+        self.keep_snapshot()
         return stats
+
+    def keep_snapshot(self) -> None:
+        """Copies the policy at eight moments, first and last included. CartPole's, because the
+        page can play only that."""
+        updates = self.config.num_updates // world_size()
+        moments = {round(i * updates / 7) for i in range(8)}
+        if self.config.env == "CartPole" and self.update in moments:
+            steps = self.update * self.config.batch_size * world_size()
+            mean, std = self.obs_norm.moments()  # 0 and 1 without norm_obs
+            weights = self.optimizer.weights.cpu().clone()
+            snapshot = {"steps": steps, "weights": weights, "mean": mean, "std": std}
+            self.snapshots = [*self.snapshots, snapshot]
 
     def statistics(self, batch: Batch) -> dict[str, float]:
         """What the log says of the games so far, and of the values that led to `batch`."""
@@ -1842,6 +1867,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
             save_checkpoint(run, config, state)
             learner.policy.normalizer = learner.obs_norm if config.norm_obs else None
             evaluation = evaluate(learner.policy, config)  # 6. Repeat, done; evaluate.
+            save_checkpoint(run, config, {**state, "evaluation": str(evaluation)})
         except BaseException:
             # Where there are other ranks, they may have ended: the last checkpoint has to do.
             if world_size() == 1:
@@ -1849,6 +1875,8 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
                 at = f"stopped after update {state['update']} of {updates}"
                 report.say(f"{at}; to go on: python thrust.py --resume {run}")
             raise
+        if run:
+            report.say(f"page: {write_page(run)}")
         report.say(str(evaluation))
         report.say(f"weights: {weights_hash(learner.policy)}")
         return Result(learner.policy, learner.rows, evaluation, run)
@@ -1856,7 +1884,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
 
 # ==============================================================================================
 # 8. Command line
-# Needs: import argparse, signal; from typing import NoReturn; parts 1, 2, 3, 4, 5, 6, 7
+# Needs: import argparse, signal; from typing import NoReturn; parts 1, 2, 3, 4, 5, 6, 7, 9
 #
 # The flags are generated from Config: a knob added there is a flag here. The exit code is 0
 # when all is done, 2 for a wrong flag, 1 for any other failure, 130 after Ctrl-C, 143 after
@@ -1878,7 +1906,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(
         prog="thrust.py",
-        usage="python thrust.py [--KNOB VALUE ...] [--resume RUN | --evaluate RUN]",
+        usage="python thrust.py [--KNOB VALUE ...] [--resume RUN | --evaluate RUN]\n"
+        "       python thrust.py --watch RUN",
         description="Trains a policy with PPO, in a new folder under runs/.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # so that a flag that was not given leaves no trace
@@ -1886,6 +1915,7 @@ def build_parser() -> Parser:
     runs = parser.add_mutually_exclusive_group()
     runs.add_argument("--resume", metavar="RUN", help="go on with the run in the folder RUN")
     runs.add_argument("--evaluate", metavar="RUN", help="evaluate the policy in the folder RUN")
+    runs.add_argument("--watch", metavar="RUN", help="write the page of RUN again, and open it")
     show = "with --evaluate: show one episode, or --eval-episodes, in the environment's own way"
     parser.add_argument("--render", action="store_true", help=show)
     for field in dataclasses.fields(Config):
@@ -1906,9 +1936,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     knobs = vars(parser.parse_args(argv))
     resume, evaluated = knobs.pop("resume", None), knobs.pop("evaluate", None)
+    watched = knobs.pop("watch", None)
     render_mode = "human" if knobs.pop("render", False) else None
     if render_mode and not evaluated:
         parser.error("--render needs --evaluate RUN")
+    if watched and knobs:
+        parser.error("--watch RUN takes no other flag")
     if render_mode:
         knobs = {"eval_episodes": 1, **knobs}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -1916,6 +1949,11 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
+        if watched:
+            page = write_page(watched)
+            print(f"page: {page}", flush=True)
+            open_page(page)
+            return 0
         run = resume or evaluated
         saved = load_checkpoint(run)[0] if run else Config()
         try:
@@ -1935,6 +1973,398 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"thrust: {error}", file=sys.stderr)
         return 1
+
+
+# ==============================================================================================
+# 9. Page
+# Needs: import base64, math, os, subprocess; parts 1, 2, 3, 4, 5, 6, 7
+#
+# People would rather look than read a log. So a run leaves a page in its folder: one HTML file
+# that loads nothing from anywhere, with the learning curve and, for CartPole, the policy at
+# work. The browser itself computes the physics of part 2 and the networks of part 4, 50 steps a
+# second, and a slider goes back to what the policy was earlier in training. Beside the page
+# lies policy.json: the policy, for programs that have no torch.
+#
+# Nothing more is said about PPO here, and a reader can stop. The part stands last for that,
+# although `train` and `main` call it: a function looks names up when it runs.
+#
+# The page is one string, with the run's data put in where it says RUN_DATA. Its JavaScript
+# keeps the order of operations of `CartPole.step`, so that from one state to the next only sin
+# and cos can differ from NumPy's, in the last bit.
+# ==============================================================================================
+
+VERSION = "1.0"
+ROWS_ON_PAGE = 250  # of the log, at most: a curve is not wider than some hundred pixels
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Thrust</title>
+<style>
+  :root { color-scheme: light dark;
+    --paper: #fff; --ink: #1b1f24; --soft: #5b6570; --line: #d0d6dc; --accent: #0b62c4; }
+  @media (prefers-color-scheme: dark) { :root {
+    --paper: #14171a; --ink: #e6e9ec; --soft: #9ca6b0; --line: #3d454d; --accent: #6fb2ff; } }
+  * { box-sizing: border-box; }
+  body { max-width: 46rem; margin: 0 auto; padding: 2.5rem 1rem 4rem; overflow-wrap: anywhere;
+    background: var(--paper); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
+    font-variant-numeric: tabular-nums; }
+  h1 { margin: 0; font-size: 2.25rem; line-height: 1.2; letter-spacing: -0.02em; }
+  section { margin-top: 2.5rem; }
+  p { margin: 0.75rem 0; }
+  small, dt { color: var(--soft); font-size: 0.85rem; }
+  .row { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: baseline; }
+  .row output { margin-left: auto; }
+  button, select { padding: 0.5rem 0.9rem; border: 1px solid var(--line); border-radius: 0.4rem;
+    background: var(--paper); color: inherit; font: inherit; }
+  button:hover, select:hover { border-color: var(--ink); }
+  input { width: 100%; height: 2rem; margin: 0; accent-color: var(--accent); }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
+  dd { margin: 0; font-size: 1.1rem; }
+  dd::after { content: ""; display: block; width: var(--share, 0); height: 4px;
+    background: var(--accent); }
+  svg { display: block; width: 100%; overflow: visible; touch-action: pan-y; }
+  svg text { fill: var(--soft); font-size: 0.8rem;
+    paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
+  .line { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
+  .dashed { stroke: var(--soft); stroke-dasharray: 4 4; }
+  .curve { stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; }
+  .dot { fill: var(--accent); stroke: var(--paper); stroke-width: 2; }
+  #pole { stroke: var(--accent); stroke-width: 0.07; stroke-linecap: round; }
+</style>
+
+<small>Thrust</small>
+<h1 id="name"></h1>
+<p id="summary"></p>
+
+<section id="live" aria-label="the policy at work" hidden>
+  <svg viewBox="-2.6 -1.4 5.2 1.55" role="img" aria-label="a cart with a pole hinged to it">
+    <path class="line" d="M-2.6 0H2.6M-2.4 0V.12M0 0V.12M2.4 0V.12"/>
+    <g id="cart" fill="var(--ink)">
+      <rect x="-.27" y="-.22" width=".54" height=".2" rx=".03"/>
+      <path id="push" d="M.35 -.14H.65V-.2L.8 -.12L.65 -.04V-.1H.35Z"/>
+      <path class="line dashed" d="M-.234 -1.32L0 -.22L.234 -1.32"/>
+      <g transform="translate(0 -.22)"><line id="pole" y2="-1"/></g>
+    </g>
+  </svg>
+  <p class="row">
+    <button id="left">← Push</button><button id="right">Push →</button>
+    <button id="pause">Pause</button><button id="step">Step</button>
+    <button id="again">Start over</button><output id="status"></output>
+  </p>
+  <label for="policy">The policy after <output id="age"></output> steps of training</label>
+  <input id="policy" type="range" min="0">
+  <dl id="numbers"></dl>
+  <p><small>← and → push: 40 N for one step, on top of the policy's own 10 N. Space pauses,
+    S steps, R starts over. The game is lost beyond the dashed lines, at 12°, or the ends of the
+    track, at 2.4 m. The policy takes the more probable action; the value is how much discounted
+    reward it expects from here. Dots on the axis below: where the slider can go.</small></p>
+</section>
+
+<section id="curve" aria-label="learning curve" hidden>
+  <p class="row"><select id="column" aria-label="quantity"></select><output id="at"></output>
+  <svg id="chart" height="300" tabindex="0" role="slider" aria-label="learning curve"></svg>
+  <p><small id="meaning"></small></p>
+  <dl id="facts"></dl>
+</section>
+
+<script>
+"use strict";
+const run = RUN_DATA, {log, physics: P} = run, last = log.steps.length - 1;
+const $ = (id) => document.getElementById(id);
+const words = (name) => name.replaceAll("_", " ");
+const format = (x) => x === null ? "none yet" : x.toLocaleString("en",
+  Math.abs(x) >= 100 ? {maximumFractionDigits: 1} : {maximumSignificantDigits: 4});
+const list = (id, pairs) => $(id).innerHTML = pairs.map(([term, text]) =>
+  `<div><dt>${term}</dt><dd>${text}</dd></div>`).join("");
+
+// One step under `force` newtons: CartPole.step, operation for operation.
+function step([x, speed, angle, spin], force) {
+  const sin = Math.sin(angle), cos = Math.cos(angle), massLength = P.POLE_MASS * P.HALF_LENGTH;
+  const temp = (spin * spin * massLength * sin + force) / P.TOTAL_MASS;
+  const turn = (sin * P.GRAVITY - cos * temp)
+    / ((4 / 3 - cos * cos * P.POLE_MASS / P.TOTAL_MASS) * P.HALF_LENGTH);
+  const pull = temp - turn * massLength * cos / P.TOTAL_MASS;
+  return [x + speed * P.TAU, speed + pull * P.TAU, angle + spin * P.TAU, spin + turn * P.TAU];
+}
+const fallen = ([x, , angle]) => Math.abs(x) > P.X_LIMIT || Math.abs(angle) > P.ANGLE_LIMIT;
+
+// A network whose layers' weights and biases begin at `at`: [its outputs, where they end].
+function forward(weights, at, sizes, input) {
+  for (let layer = 1; layer < sizes.length; layer++) {
+    const inputs = input.length, outputs = new Float64Array(sizes[layer]);
+    const biases = at + inputs * outputs.length;
+    for (let i = 0; i < outputs.length; i++) {
+      let sum = weights[biases + i];
+      for (let k = 0; k < inputs; k++) sum += weights[at++] * input[k];
+      outputs[i] = layer < sizes.length - 1 ? Math.tanh(sum) : sum;
+    }
+    input = outputs;
+    at += outputs.length;
+  }
+  return [input, at];
+}
+const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt());
+const floats = (text) => new Float32Array(bytes(text).buffer);  // as in policy.parameters()
+const policies = run.policies.map((p) => ({...p, weights: floats(p.weights)}));
+
+// What a policy makes of a state. The softmax of two logits needs only their difference.
+function think({weights, mean, std}, state) {
+  const scaled = state.map((x, i) => (Math.fround(x) - mean[i]) / std[i]);
+  const obs = scaled.map((x) => Math.max(-10, Math.min(10, x)));
+  const [logits, end] = forward(weights, 0, [4, ...run.hidden, 2], obs);
+  const [[value]] = forward(weights, end, [4, ...run.hidden, 1], obs);
+  const right = 1 / (1 + Math.exp(logits[0] - logits[1]));
+  return {probabilities: [1 - right, right], value, action: logits[1] > logits[0] ? 1 : 0};
+}
+
+// The pole, live. `behind`: by how many steps, and what part of one, it lags behind the clock.
+const live = {running: !matchMedia("(prefers-reduced-motion: reduce)").matches, behind: 0};
+function begin() {
+  const state = [0, 0, 0, 0].map(() => Math.random() * 0.1 - 0.05);
+  const policy = policies[$("policy").value], thought = think(policy, state);
+  Object.assign(live, {policy, state, thought, before: state, steps: 0, push: 0, until: 0});
+  live.rest = 50;
+  draw();
+}
+function advance() {
+  live.before = live.state;
+  if (fallen(live.state)) {  // to stay down for a second, or until somebody asks for a step
+    if (!live.running || --live.rest < 0) begin();
+    return;
+  }
+  const force = live.thought.action * (2 * P.FORCE) - P.FORCE + live.push * 40;
+  live.state = step(live.state, force);
+  live.thought = think(live.policy, live.state);
+  live.steps += 1;
+  live.push = 0;
+}
+function draw(share = 1) {  // of the way from the state before to this one
+  const {state, before, thought: {probabilities, value}} = live;
+  const [x, , angle] = state.map((now, i) => before[i] + share * (now - before[i]));
+  $("cart").setAttribute("transform", `translate(${x})`);
+  $("pole").setAttribute("transform", `rotate(${angle * 180 / Math.PI})`);
+  const arrow = live.push || live.steps < live.until ? live.arrow : 0;
+  $("push").setAttribute("transform", `scale(${arrow} 1)`);
+  if (live.running && live.steps % 5 && !fallen(state)) return;  // numbers ten times a second
+  $("numbers").querySelectorAll("dd").forEach((dd, i) => {
+    dd.textContent = [...state, ...probabilities, value][i].toFixed(i < 6 ? 3 : 1);
+    dd.style.setProperty("--share", `${100 * (probabilities[i - 4] ?? 0)}%`);
+  });
+  $("status").textContent = (fallen(state) ? "fell at step " : "step ") + format(live.steps);
+  $("age").textContent = format(live.policy.steps);
+}
+function frame(now) {
+  live.behind = Math.min(live.behind + (now - live.clock) / 1000 / P.TAU, 10);
+  live.clock = now;
+  for (; live.behind >= 1; live.behind--) advance();
+  draw(live.behind);
+  live.frame = requestAnimationFrame(frame);
+}
+function play(running) {
+  cancelAnimationFrame(live.frame);
+  Object.assign(live, {running, clock: performance.now()});
+  if (running) live.frame = requestAnimationFrame(frame);
+  $("pause").textContent = running ? "Pause" : "Play";
+  draw();
+}
+function push(arrow) {
+  Object.assign(live, {push: live.push + arrow, arrow, until: live.steps + 15});
+  if (!live.running) draw();
+}
+const buttons = {
+  left: () => push(-1), right: () => push(1), pause: () => play(!live.running), again: begin,
+  step: () => { play(false); advance(); draw(); },
+};
+const keys = {ArrowLeft: "left", ArrowRight: "right", " ": "pause", s: "step", r: "again"};
+function press(event) {
+  const own = event.key === " " ? "button, input, select" : "input, select, #chart";
+  const taken = event.target.closest(own) || event.ctrlKey || event.metaKey || event.altKey;
+  if (taken || !(event.key in keys)) return;
+  event.preventDefault();
+  if (!event.repeat) buttons[keys[event.key]]();
+}
+
+// The learning curve: a column of the log against environment steps, and the row to read.
+let row = last;
+function ticks(low, high, most) {  // round numbers, from `low` or below to `high` or above
+  const raw = (high - low || 1) / most, power = 10 ** Math.floor(Math.log10(raw));
+  const gap = power * ([1, 2, 5].find((f) => f * power >= raw) ?? 10);
+  const first = Math.floor(low / gap), count = Math.max(1, Math.ceil(high / gap) - first);
+  return Array.from({length: count + 1}, (_, i) => (first + i) * gap);
+}
+function chart() {
+  const column = $("column").value, values = log[column], steps = log.steps, end = steps[last];
+  const bars = column === "mean_return" ? run.bars : [], right = $("chart").clientWidth - 16;
+  const seen = [0, ...bars.map(([bar]) => bar), ...values.filter((v) => v !== null)];
+  const grid = ticks(Math.min(...seen), Math.max(...seen), 6);
+  const x = (s) => 44 + s / end * (right - 44);
+  const y = (v) => 256 - (v - grid[0]) / (grid.at(-1) - grid[0]) * 226;
+  const text = (x, y, anchor, what) =>
+    `<text x="${x}" y="${y}" text-anchor="${anchor}">${what}</text>`;
+  const rule = (v, kind) => `<path class="line ${kind}" d="M44 ${y(v)}H${right}"/>`;
+  const dot = (x, y, r) => `<circle class="dot" cx="${x}" cy="${y}" r="${r}"/>`;
+  const short = (v) => v.toLocaleString("en", {notation: "compact", maximumFractionDigits: 4});
+  const path = values.map((v, i) => v === null ? ""  // a gap
+    : `${(values[i - 1] ?? null) === null ? "M" : "L"}${x(steps[i])} ${y(v)}`).join("");
+  const name = ([bar, does]) => values[last] < bar  // where the curve is not
+    ? text(52, y(bar) - 6, "start", `${bar} ${does}`)
+    : text(right - 8, y(bar) + 16, "end", `${bar} ${does}`);
+  $("chart").innerHTML = [
+    text(0, 12, "start", words(column)), text(right, 298, "end", "environment steps"),
+    ...grid.map((v) => rule(v, "") + text(36, y(v) + 4, "end", short(v))),
+    ...ticks(0, end, right / 80).filter((s) => s <= end)
+      .map((s) => text(x(s), 278, "middle", short(s))),
+    ...bars.map((bar) => rule(bar[0], "dashed") + name(bar)),
+    `<path class="line" d="M${x(steps[row])} 30V256"/><path class="line curve" d="${path}"/>`,
+    ...policies.map((p) => dot(x(p.steps), 256, p === live.policy ? 7 : 3.5)),
+    values[row] === null ? "" : dot(x(steps[row]), y(values[row]), 5),
+  ].join("");
+  $("at").textContent = `${format(steps[row])} steps: ${format(values[row])}`;
+  $("meaning").textContent = `${words(column)}: ${run.meanings[column]}`;
+  const told = {min: 0, max: last, now: row, text: $("at").textContent};
+  for (const key in told) $("chart").setAttribute(`aria-value${key}`, told[key]);
+}
+function point(event) {  // reads the row nearest to the pointer
+  const box = $("chart").getBoundingClientRect();
+  const steps = (event.clientX - box.left - 44) / (box.width - 60) * log.steps[last];
+  const far = log.steps.map((s) => Math.abs(s - steps));
+  row = far.indexOf(Math.min(...far));
+  chart();
+}
+function move(event) {
+  const by = {ArrowLeft: -1, ArrowRight: 1, Home: -last, End: last}[event.key];
+  if (!by) return;
+  event.preventDefault();
+  row = Math.max(0, Math.min(last, row + by));
+  chart();
+}
+
+document.title = `${run.name} · Thrust`;
+$("name").textContent = run.name;
+$("summary").textContent = run.summary;
+if (policies.length) {
+  list("numbers", ["position, m", "velocity, m/s", "angle, rad", "angular velocity, rad/s",
+    "probability of left", "probability of right", "value"].map((term) => [term, ""]));
+  for (const id in buttons) $(id).onclick = buttons[id];
+  $("policy").max = $("policy").value = policies.length - 1;
+  $("policy").oninput = () => { begin(); chart(); };
+  document.onkeydown = press;
+  $("live").hidden = false;
+  begin();
+  play(live.running);
+}
+if (last >= 0) {
+  const columns = Object.keys(log).filter((name) => name !== "steps" && name !== "update");
+  for (const name of columns) $("column").add(new Option(words(name), name));
+  $("column").value = "mean_return";
+  $("column").onchange = chart;
+  $("chart").onpointermove = $("chart").onpointerdown = point;
+  $("chart").onkeydown = move;
+  list("facts", ["steps", "update", "episodes", "mean_return", "mean_length", "seconds"]
+    .map((name) => [words(name), format(log[name][last])]));
+  $("curve").hidden = false;
+  new ResizeObserver(chart).observe($("chart"));
+}
+window.thrust = {run, policies, live, step, fallen, think, begin, advance};
+</script>
+</html>
+"""
+
+
+def plain(value: Any) -> Any:
+    """As JSON can hold it: arrays and tuples become lists; NaN and infinity become None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def policy_as_data(policy: ActorCritic) -> dict[str, Any]:
+    """The networks, and what surrounds them. Each layer computes activation(weight · x + bias),
+    the first from an observation that is flat, or one-hot if Discrete, and, if `normalisation`
+    is there, (x - mean) / std kept within ± clip. The actor ends in logits or, for Box, means.
+    """
+
+    def layers(network: nn.Sequential) -> list[dict[str, Any]]:
+        linear: Any = network[::2]
+        pairs = zip(linear, ["tanh"] * (len(linear) - 1) + [None])
+        return [{"weight": its.weight, "bias": its.bias, "activation": f} for its, f in pairs]
+
+    def described(space: Any) -> dict[str, Any]:
+        names = ("shape", "n", "nvec", "start", "low", "high")
+        has = {name: getattr(space, name) for name in names if hasattr(space, name)}
+        return {"kind": type(space).__name__, **has}
+
+    moments = policy.normalizer and dict(zip(("mean", "std"), policy.normalizer.moments()))
+    return {
+        "observation": described(policy.observation_space),
+        "normalisation": moments and {**moments, "clip": 10},
+        "actor": layers(policy.actor),
+        "critic": layers(policy.critic),
+        "action": described(policy.action_space),
+        "log_std": getattr(policy, "log_std", None),
+    }
+
+
+def write_page(run: str | pathlib.Path) -> pathlib.Path:
+    """Writes page.html and policy.json into a run's folder, finished or not, from what its
+    checkpoint holds; returns the page's path. ValueError if there is no checkpoint."""
+    config, ranks = load_checkpoint(run)
+    run, state, policy = pathlib.Path(run), ranks[0], load(run)
+    rows, weights = state["rows"], state["tensors"]["weights"].numpy()
+    bars = [(bar, f"solves {name}") for bar, name in BARS.items()]
+    if config.env != "CartPole":  # if it is one of Gymnasium's, that is imported by now
+        registry = getattr(sys.modules.get("gymnasium"), "registry", {})
+        bar = getattr(registry.get(config.env), "reward_threshold", None)
+        bars = [] if bar is None else [(bar, f"solves {config.env}")]
+    places = np.linspace(0, len(rows) - 1, min(len(rows), ROWS_ON_PAGE)).astype(int)
+    at = f"update {state['update']:,} of {config.num_updates // len(ranks):,}"
+    data = {
+        "name": f"{config.env}, seed {config.seed}",
+        "summary": state.get("evaluation", f"not finished: {at}").capitalize(),
+        "log": {name: [rows[i][name] for i in places] for name in COLUMNS},
+        "meanings": COLUMNS,
+        "bars": bars,
+        "physics": {name: x for name, x in vars(CartPole).items() if name.isupper()},
+        "hidden": config.hidden,
+        "policies": [
+            {**s, "weights": base64.b64encode(s["weights"].numpy().tobytes()).decode()}
+            for s in state["snapshots"]
+        ],
+    }
+    origin = {
+        "thrust": VERSION,
+        "config": dataclasses.asdict(config),
+        "steps": rows[-1]["steps"] if rows else 0,
+        "weights": hashlib.sha256(weights.tobytes()).hexdigest(),
+    }
+    texts = {
+        "policy.json": json.dumps(plain({**policy_as_data(policy), "provenance": origin})),
+        # In a string, < is as good as \u003c, but </script> would end the script.
+        "page.html": PAGE.replace("RUN_DATA", json.dumps(plain(data)).replace("<", "\\u003c")),
+    }
+    for name, text in texts.items():
+        temporary = (run / name).with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, run / name)
+    return run / "page.html"
+
+
+def open_page(page: pathlib.Path) -> None:
+    """Shows the page in the user's browser, if there is one. Browsers may print, and on a
+    machine without a screen wait for keys: so in another process, in silence, for ten seconds.
+    """
+    command = [sys.executable, "-m", "webbrowser", page.resolve().as_uri()]
+    with contextlib.suppress(subprocess.TimeoutExpired), open(os.devnull, "r+") as nothing:
+        subprocess.run(command, stdin=nothing, stdout=nothing, stderr=nothing, timeout=10)
 
 
 if __name__ == "__main__":
