@@ -1393,13 +1393,7 @@ BARS = {195: "CartPole-v0", 475: "CartPole-v1"}  # mean returns that count as so
 CHECKPOINT_FORMAT = 2
 MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # in a resumed run's config
 EVALUATION_LIMIT = 1_000_000  # steps
-PLAIN = [
-    "update",
-    "episodes",
-    "recent",
-    "rows",
-    "snapshots",
-]  # what Learner keeps in plain Python
+PLAIN = ["update", "episodes", "recent", "rows", "snapshots"]  # Learner's numbers and lists
 
 
 def derive_seed(seed: int, purpose: str, *more: int) -> int:
@@ -2027,7 +2021,8 @@ PAGE = r"""<!doctype html>
   dd { margin: 0; font-size: 1.1rem; }
   dd::after { content: ""; display: block; width: var(--share, 0); height: 4px;
     background: var(--accent); }
-  svg { display: block; width: 100%; overflow: visible; touch-action: pan-y; }
+  svg { display: block; width: 100%; overflow: visible; }
+  #chart { touch-action: pan-y pinch-zoom; }
   svg text { fill: var(--soft); font-size: 0.8rem;
     paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
   .line { fill: none; stroke: var(--line); vector-effect: non-scaling-stroke; }
@@ -2056,7 +2051,7 @@ PAGE = r"""<!doctype html>
     <button id="pause">Pause</button><button id="step">Step</button>
     <button id="again">Start over</button><output id="status"></output>
   </p>
-  <label for="policy">The policy after <output id="age"></output> steps of training</label>
+  <label for="policy">The policy after <output id="age"></output> steps</label>
   <input id="policy" type="range" min="0">
   <dl id="numbers"></dl>
   <p><small>← and → push: 40 N for one step, on top of the policy's own 10 N. Space pauses,
@@ -2066,7 +2061,9 @@ PAGE = r"""<!doctype html>
 </section>
 
 <section id="curve" aria-label="learning curve" hidden>
-  <p class="row"><select id="column" aria-label="quantity"></select><output id="at"></output>
+  <p class="row">
+    <select id="column" aria-label="quantity"></select><output id="at"></output>
+  </p>
   <svg id="chart" height="300" tabindex="0" role="slider" aria-label="learning curve"></svg>
   <p><small id="meaning"></small></p>
   <dl id="facts"></dl>
