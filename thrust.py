@@ -2081,11 +2081,11 @@ const list = (id, pairs) => $(id).innerHTML = pairs.map(([term, text]) =>
 
 // One step under `force` newtons: CartPole.step, operation for operation.
 function step([x, speed, angle, spin], force) {
-  const sin = Math.sin(angle), cos = Math.cos(angle), massLength = P.POLE_MASS * P.HALF_LENGTH;
-  const temp = (spin * spin * massLength * sin + force) / P.TOTAL_MASS;
+  const sin = Math.sin(angle), cos = Math.cos(angle);
+  const temp = (spin * spin * P.POLE_MOMENT * sin + force) / P.TOTAL_MASS;
   const turn = (sin * P.GRAVITY - cos * temp)
-    / ((4 / 3 - cos * cos * P.POLE_MASS / P.TOTAL_MASS) * P.HALF_LENGTH);
-  const pull = temp - turn * massLength * cos / P.TOTAL_MASS;
+    / ((P.FOUR_THIRDS - cos * cos * P.POLE_MASS / P.TOTAL_MASS) * P.HALF_LENGTH);
+  const pull = temp - turn * P.POLE_MOMENT * cos / P.TOTAL_MASS;
   return [x + speed * P.TAU, speed + pull * P.TAU, angle + spin * P.TAU, spin + turn * P.TAU];
 }
 const fallen = ([x, , angle]) => Math.abs(x) > P.X_LIMIT || Math.abs(angle) > P.ANGLE_LIMIT;
@@ -2134,7 +2134,7 @@ function advance() {
     if (!live.running || --live.rest < 0) begin();
     return;
   }
-  const force = live.thought.action * (2 * P.FORCE) - P.FORCE + live.push * 40;
+  const force = P.FORCES[live.thought.action] + live.push * 40;
   live.state = step(live.state, force);
   live.thought = think(live.policy, live.state);
   live.steps += 1;
@@ -2290,10 +2290,11 @@ def policy_as_data(policy: ActorCritic) -> dict[str, Any]:
     is there, (x - mean) / std kept within ± clip. The actor ends in logits or, for Box, means.
     """
 
-    def layers(network: nn.Sequential) -> list[dict[str, Any]]:
-        linear: Any = network[::2]
-        pairs = zip(linear, ["tanh"] * (len(linear) - 1) + [None])
-        return [{"weight": its.weight, "bias": its.bias, "activation": f} for its, f in pairs]
+    def layers(network: MLP) -> list[dict[str, Any]]:
+        parameters = list(network.parameters())
+        layers = [dict(zip(("weight", "bias"), pair)) for pair in zip(*[iter(parameters)] * 2)]
+        activations = ["tanh"] * (len(layers) - 1) + [None]
+        return [{**its, "activation": f} for its, f in zip(layers, activations)]
 
     def described(space: Any) -> dict[str, Any]:
         names = ("shape", "n", "nvec", "start", "low", "high")
