@@ -4,14 +4,16 @@
 # ///
 """Measures thrust.py, beside whichever of its peers are installed; asserts nothing.
 
-    python bench.py                      every section, about five minutes
-    python bench.py --quick              the same with fewer repetitions, about two
-    python bench.py --only environment   one section of environment, pool, gae, training, start
+    python bench.py                   every section, about twenty minutes
+    python bench.py --quick           the same with fewer repetitions, about three
+    python bench.py --only pool gae   these sections
+
+Peers: pip install gymnasium stable-baselines3 envpool
 
 Every table is Markdown. What stands in one row was measured in one run, the contestants taking
 turns, so that the machine's moods fall on all of them alike. A figure is the median of the
-rounds, and a ratio the median of the rounds' ratios. The last line is all of it as one JSON
-document.
+rounds, with the smallest and the largest in brackets; a ratio is the median of the rounds' own
+ratios, and above 1 where Thrust is ahead. The last line is all of it as one JSON document.
 """
 
 import argparse
@@ -34,9 +36,9 @@ import torch
 
 import thrust
 
-HAS_GYMNASIUM = importlib.util.find_spec("gymnasium") is not None
-HAS_SB3 = importlib.util.find_spec("stable_baselines3") is not None
-
+PEERS = ["gymnasium", "stable_baselines3", "envpool"]
+HAS = {name: importlib.util.find_spec(name) is not None for name in PEERS}
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 Contestants = dict[str, Callable[[], float]]
 
@@ -52,9 +54,16 @@ def take_turns(contestants: Contestants, rounds: int) -> dict[str, list[float]]:
     return results
 
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """How many times ours is theirs: the median over the rounds."""
-    return statistics.median(a / b for a, b in zip(ours, theirs))
+def ratio(a: list[float], b: list[float]) -> str:
+    """How many times a is b: the median over the rounds."""
+    return f"{statistics.median(x / y for x, y in zip(a, b)):.2f}"
+
+
+def spread(values: list[float], unit: float = 1.0) -> str:
+    """The median, and in brackets the smallest and the largest, in multiples of `unit`."""
+    three = (statistics.median(values), min(values), max(values))
+    middle, low, high = (f"{value / unit:,.3g}" for value in three)
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def table(title: str, header: list[str], rows: list[list[Any]]) -> list[dict[str, Any]]:
@@ -65,62 +74,71 @@ def table(title: str, header: list[str], rows: list[list[Any]]) -> list[dict[str
     return [dict(zip(header, row)) for row in rows]
 
 
-def millions(rates: list[float]) -> str:
-    return f"{statistics.median(rates) / 1e6:.3g} M"
-
-
 def stepping(env: Any, num_envs: int, steps: int) -> Callable[[], float]:
-    """A contestant that steps `env` with random actions: environment steps per second."""
+    """A contestant that steps `env` with random actions: seconds per step of all N."""
     rng = np.random.default_rng(0)
-    actions = [rng.integers(0, 2, num_envs) for _ in range(32)]
-    env.reset(seed=0)
+    actions = [rng.integers(0, 2, num_envs).astype(np.int32) for _ in range(32)]
+    env.reset()
 
     def run() -> float:
         began = time.perf_counter()
         for i in range(steps):
             env.step(actions[i % 32])
-        return steps * num_envs / (time.perf_counter() - began)
+        return (time.perf_counter() - began) / steps
 
     return run
 
 
-def gymnasium_env(num_envs: int) -> Any:
-    import gymnasium as gym
-
-    return gym.vector.SyncVectorEnv(
-        [lambda: gym.make("CartPole-v1")] * num_envs,
-        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-    )
+# --- environment
 
 
-def bench_environment(rounds: int) -> Any:
+def cartpoles(n: int) -> dict[str, Any]:
+    """Thrust's and its peers' CartPoles, on one core."""
+    envs: dict[str, Any] = {"Thrust": thrust.CartPole(n)}
+    if HAS["gymnasium"]:
+        import gymnasium as gym
+        from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+
+        envs["CartPoleVectorEnv"] = CartPoleVectorEnv(n)
+        if n <= 64:
+            envs["SyncVectorEnv"] = gym.make_vec("CartPole-v1", n, "sync")
+    if HAS["envpool"] and n <= 4096:
+        import envpool
+
+        options = {"num_envs": n, "num_threads": 1}
+        envs["sail-sg EnvPool"] = envpool.make("CartPole-v1", env_type="gymnasium", **options)
+    return envs
+
+
+def bench_environment(quick: bool) -> Any:
     rows = []
     for n in (1, 16, 64, 256, 1024, 4096, 16384, 65536):
-        steps = max(20, min(2000, 1_500_000 // n))
-        contestants = {"Thrust": stepping(thrust.CartPole(n), n, steps)}
-        if HAS_GYMNASIUM:
-            from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-
-            contestants["NumPy"] = stepping(CartPoleVectorEnv(n), n, steps)
-            if n <= 64:
-                sync_steps = max(20, steps // n)
-                contestants["Sync"] = stepping(gymnasium_env(n), n, sync_steps)
-        results = take_turns(contestants, rounds)
-        row = [
-            n,
-            millions(results["Thrust"]),
-            f"{n / statistics.median(results['Thrust']) * 1e6:.1f}",
-        ]
-        for peer in ("NumPy", "Sync"):
-            if peer in results:
-                times = ratio(results["Thrust"], results[peer])
-                row += [millions(results[peer]), f"{times:.2f}"]
-            else:
-                row += ["", ""]
+        steps = max(10, min(500, 500_000 // n))
+        envs = cartpoles(n)
+        runs = {k: stepping(e, n, max(5, steps // n) if "Sync" in k else steps)
+                for k, e in envs.items()}  # fmt: skip
+        results = take_turns(runs, 7 if quick else 21)
+        ours = results["Thrust"]
+        row = [n, spread(ours, 1e-6), f"{n / statistics.median(ours) / 1e6:.3g} M"]
+        for peer in ("CartPoleVectorEnv", "SyncVectorEnv", "sail-sg EnvPool"):
+            row += [ratio(results[peer], ours) if peer in results else ""]
         rows.append(row)
-    header = ["N", "Thrust", "µs per step of all N", "CartPoleVectorEnv", "times that"]
-    title = "CartPole, environment steps per second on one core, random actions"
-    return table(title, [*header, "SyncVectorEnv", "times that"], rows)
+    header = ["N", "µs per step of all N", "environment steps/s", "times CartPoleVectorEnv"]
+    header += ["times SyncVectorEnv", "times sail-sg's EnvPool (1 thread)"]
+    return table("CartPole on one core, random actions", header, rows)
+
+
+# --- pool
+
+
+class Timed(thrust.CartPole):
+    """CartPoles whose reward is the seconds that the step took."""
+
+    def step(self, actions: np.ndarray) -> thrust.StepResult:
+        began = time.perf_counter()
+        result = super().step(actions)
+        result[1][:] = time.perf_counter() - began
+        return result
 
 
 class Slow(thrust.CartPole):
@@ -139,85 +157,188 @@ class Slower(Slow):
     MICROSECONDS = 200
 
 
-def bench_pool(rounds: int) -> Any:
+def bench_pool(quick: bool) -> Any:
     cores = os.cpu_count() or 1
     rows = []
     for name, make_env, n, steps in (
-        ("CartPole", thrust.CartPole, 64, 500),
-        ("CartPole", thrust.CartPole, 4096, 100),
+        ("CartPole", thrust.CartPole, 64, 300),
+        ("CartPole", thrust.CartPole, 4096, 60),
         ("CartPole", thrust.CartPole, 65536, 8),
-        ("20 µs of Python each", Slow, 64, 50),
+        ("20 µs of Python each", Slow, 64, 40),
         ("200 µs of Python each", Slower, 64, 10),
     ):
         with contextlib.ExitStack() as stack:
-            pools = {
-                w: stack.enter_context(thrust.EnvPool(make_env, n, w)) for w in range(cores + 1)
-            }
-            contestants = {str(w): stepping(pool, n, steps) for w, pool in pools.items()}
-            if HAS_GYMNASIUM and make_env is thrust.CartPole and n == 64:
+            runs = {}
+            for w in range(cores + 1):
+                pool = stack.enter_context(thrust.EnvPool(make_env, n, w))
+                runs[str(w)] = stepping(pool, n, steps)
+            if HAS["gymnasium"] and make_env is thrust.CartPole and n == 64:
                 import gymnasium as gym
 
-                peer = gym.vector.AsyncVectorEnv([lambda: gym.make("CartPole-v1")] * n)
+                peer = gym.make_vec("CartPole-v1", n, "async")
                 stack.callback(peer.close)
-                contestants["Async"] = stepping(peer, n, 20)
-            results = take_turns(contestants, rounds)
-        row = [name, n, *(millions(results[str(w)]) for w in pools)]
-        row.append(f"{ratio(results[str(cores)], results['0']):.2f}")
-        row.append(millions(results["Async"]) if "Async" in results else "")
+                runs["Async"] = stepping(peer, n, 10)
+            results = take_turns(runs, 7 if quick else 21)
+        row = [name, n, *(spread(results[str(w)], 1e-6) for w in range(cores + 1))]
+        row.append(ratio(results["0"], results[str(cores)]))
+        asyncs = results.get("Async")
+        row.append(ratio(asyncs, results[str(cores)]) if asyncs else "")
         rows.append(row)
     header = ["environment", "N", "0 workers", *(f"{w + 1} workers" for w in range(cores))]
-    title = f"EnvPool, environment steps per second, of the {cores} cores that there are"
-    return table(title, [*header, f"{cores} against 0", "AsyncVectorEnv"], rows)
+    header += [f"{cores} workers against 0", f"{cores} workers against AsyncVectorEnv"]
+    title = f"EnvPool, µs per step of all N; more workers than the {cores} cores were not tried"
+    tables = [table(title, header, rows)]
+
+    rows = []
+    for n in (64, 4096):
+        row = [n]
+        for w in (0, cores):
+            over = []
+            with thrust.EnvPool(Timed, n, w) as pool:
+                pool.reset(seed=0)
+                actions = np.random.default_rng(0).integers(0, 2, (32, n))
+                for i in range(1000 if quick else 5000):
+                    began = time.perf_counter()
+                    _, seconds, *_ = pool.step(actions[i % 32])
+                    over.append(time.perf_counter() - began - seconds.max())
+            row += [f"{q * 1e6:.0f}" for q in np.quantile(over, [0.5, 0.1, 0.9])]
+        rows.append(row)
+    header = ["N", "0 workers: median", "10 %", "90 %"]
+    header += [f"{cores} workers: median", "10 %", "90 %"]
+    title = "EnvPool, µs per step beyond the slowest environment's own stepping time"
+    return [*tables, table(title, header, rows)]
 
 
-def bench_gae(rounds: int) -> Any:
+def cpu_seconds(pids: list[int]) -> float:
+    """What these processes have used; Linux only."""
+    ticks = 0
+    for pid in pids:
+        with open(f"/proc/{pid}/stat") as file:
+            ticks += sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def bench_cpu(quick: bool) -> Any:
+    """What waiting workers use while the learner computes between two steps."""
+    if not os.path.exists("/proc/self/stat"):
+        return None
+    rows = []
+    with thrust.EnvPool(thrust.CartPole, 64, 2) as pool:
+        pool.reset(seed=0)
+        for milliseconds in (0.1, 0.5, 1, 5, 20):
+            before, began = cpu_seconds(pool.pids), time.perf_counter()
+            steps = 0
+            while time.perf_counter() - began < (2 if quick else 8):
+                pool.step(np.zeros(64, np.int64))
+                until = time.perf_counter() + milliseconds / 1e3
+                while time.perf_counter() < until:
+                    pass
+                steps += 1
+            wall = time.perf_counter() - began
+            used = cpu_seconds(pool.pids) - before
+            rows.append([milliseconds, f"{100 * used / wall:.0f} %", f"{steps / wall:,.0f}"])
+    header = ["learner computes for, ms", "both workers together, of one core", "steps/s"]
+    return table("CPU use of two workers, 64 CartPoles", header, rows)
+
+
+# --- GAE
+
+
+def bench_gae(quick: bool) -> Any:
     rows = []
     for T, N in ((32, 64), (128, 64), (128, 4096)):
         rng = np.random.default_rng(0)
         rewards, final = rng.normal(size=(2, T, N)).astype(np.float32)
         values = rng.normal(size=(T + 1, N)).astype(np.float32)
         terminated, truncated = rng.random((2, T, N)) < 0.02
-        repeats = max(1, 1_000_000 // (T * N))
+        repeats = max(1, 200_000 // (T * N))
 
-        def ours(
-            data: Any = (rewards, values, terminated, truncated, final), k: int = repeats
-        ) -> float:
-            began = time.perf_counter()
-            for _ in range(k):
-                thrust.gae(*data, 0.98, 0.9)
-            return k / (time.perf_counter() - began)
+        def timed(call: Callable[[], Any], repeats: int = repeats) -> Callable[[], float]:
+            def run() -> float:
+                began = time.perf_counter()
+                for _ in range(repeats):
+                    call()
+                return (time.perf_counter() - began) / repeats
 
-        contestants: Contestants = {"Thrust": ours}
-        if HAS_SB3:
+            return run
+
+        data = rewards, values, terminated, truncated, final, 0.98, 0.9
+        runs = {"Thrust": timed(lambda data=data: thrust.gae(*data))}
+        if HAS["stable_baselines3"]:
             from gymnasium import spaces
             from stable_baselines3.common.buffers import RolloutBuffer
 
-            peer = RolloutBuffer(
-                T, spaces.Box(-1, 1, (1,)), spaces.Discrete(2), "cpu", 0.9, 0.98, N
-            )
-            last, dones = torch.from_numpy(values[-1]), terminated[-1]
-
-            def theirs(b: Any = peer, v: Any = last, d: Any = dones, k: int = repeats) -> float:
-                began = time.perf_counter()
-                for _ in range(k):
-                    b.compute_returns_and_advantage(v, d)
-                return k / (time.perf_counter() - began)
-
-            contestants["SB3"] = theirs
-        results = take_turns(contestants, rounds)
-        row = [T, N, f"{1e6 / statistics.median(results['Thrust']):.0f}"]
-        if HAS_SB3:
-            sb3 = results["SB3"]
-            row += [
-                f"{1e6 / statistics.median(sb3):.0f}",
-                f"{ratio(results['Thrust'], sb3):.2f}",
-            ]
-        else:
-            row += ["", ""]
-        rows.append(row)
-    header = ["T", "N", "Thrust, µs", "Stable-Baselines3, µs", "times as fast"]
+            box, two = spaces.Box(-1, 1, (1,)), spaces.Discrete(2)
+            peer = RolloutBuffer(T, box, two, "cpu", 0.9, 0.98, N)
+            last = torch.from_numpy(values[-1]), terminated[-1]
+            runs["SB3"] = timed(lambda p=peer, v=last: p.compute_returns_and_advantage(*v))
+        results = take_turns(runs, 7 if quick else 21)
+        row = [T, N, spread(results["Thrust"], 1e-6)]
+        sb3 = results.get("SB3")
+        rows.append([*row, ratio(sb3, results["Thrust"]) if sb3 else ""])
+    header = ["T", "N", "µs", "times Stable-Baselines3"]
     return table("GAE of one rollout", header, rows)
 
+
+# --- update
+
+
+def matrix_product_speed() -> float:
+    """What one core's product of two square matrices reaches: operations per second."""
+    a = torch.randn(512, 512)
+    times = []
+    for _ in range(30):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 512**3 / min(times)
+
+
+def gradient_steps(size: int, width: int, threads: int) -> Callable[[], float]:
+    """A contestant that makes eight gradient steps on minibatches of `size`: seconds each."""
+    config = thrust.Config(
+        num_envs=8, num_steps=size, minibatch_size=size, epochs=1, total_steps=8 * size,
+        hidden=(width, width), threads=threads,
+    )  # fmt: skip
+    env, generator = thrust.CartPole(8), torch.Generator().manual_seed(0)
+    spaces = env.single_observation_space, env.single_action_space
+    policy = thrust.ActorCritic(*spaces, config.hidden, generator)
+    optimizer = thrust.Adam(policy)
+    obs, noise = torch.randn(8 * size, 4, generator=generator), torch.randn(2, 8 * size)
+    action, logprob = policy.act(obs, generator=generator)
+    batch = thrust.Batch(obs, action, logprob, *noise)
+
+    def run() -> float:
+        with thrust.torch_ready(config):
+            began = time.perf_counter()
+            thrust.ppo_update(policy, optimizer, batch, config, 1e-4, generator)
+            return (time.perf_counter() - began) / 8
+
+    return run
+
+
+def bench_update(quick: bool) -> Any:
+    rows = []
+    with thrust.torch_ready(thrust.Config()):
+        speed = matrix_product_speed()
+    for width, sizes in ((64, (64, 256, 512, 1024, 4096)), (256, (256, 1024))):
+        for size in sizes:
+            runs = {str(t): gradient_steps(size, width, t) for t in (1, os.cpu_count() or 1)}
+            results = take_turns(runs, 5 if quick else 15)
+            weights = 4 * width + width**2 + width * 1.5  # of each of the two networks
+            # A product forward, and two (for weights and for inputs) backward
+            least = 3 * 2 * 2 * weights * size / speed
+            one, *more = results.values()
+            share = f"{100 * least / statistics.median(one):.0f} %"
+            row = [width, size, spread(one, 1e-3), share]
+            rows.append([*row, ratio(more[0], one) if more else ""])
+    header = ["width", "minibatch", "ms per gradient step", "of it matrix products, at best"]
+    header.append(f"{os.cpu_count()} threads take, times as long")
+    title = "One gradient step, one thread; one core's matrix product reaches "
+    return table(f"{title}{speed / 1e9:.0f} GFLOP/s", header, rows)
+
+
+# --- training
 
 # RL-Zoo's settings for CartPole, and those of CleanRL's ppo.py, in Thrust's words
 ZOO = {"num_envs": 8, "num_steps": 32, "minibatch_size": 256, "epochs": 20, "gamma": 0.98}
@@ -239,34 +360,32 @@ def train_thrust(knobs: dict[str, Any], steps: int) -> float:
     return result.rows[-1]["steps"] / result.rows[-1]["seconds"]
 
 
-def train_sb3(knobs: dict[str, Any], steps: int) -> float:
-    """Steps per second of Stable-Baselines3's training loop with the same settings."""
+def sb3_model(knobs: dict[str, Any], seed: int | None = None, **more: Any) -> Any:
+    """Stable-Baselines3's PPO with the same settings."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    envs = make_vec_env(knobs.get("env", "CartPole-v1"), knobs["num_envs"])
+    envs = make_vec_env(knobs.get("env", "CartPole-v1"), knobs["num_envs"], seed)
     if knobs.get("norm_obs"):
         envs = VecNormalize(envs, gamma=knobs["gamma"])
+    theirs = {"num_steps": "n_steps", "minibatch_size": "batch_size", "epochs": "n_epochs"}
+    same = ("gamma", "gae_lambda", "learning_rate", "ent_coef")
+    options = {name: knobs[name] for name in same if name in knobs}
+    options |= {their: knobs[name] for name, their in theirs.items()}
+    return PPO("MlpPolicy", envs, device="cpu", seed=seed, **options | more)
+
+
+def train_sb3(knobs: dict[str, Any], steps: int) -> float:
+    """Steps per second of Stable-Baselines3's training loop with the same settings."""
     with thrust.torch_ready(thrust.Config()):
-        model = PPO(
-            "MlpPolicy",
-            envs,
-            n_steps=knobs["num_steps"],
-            batch_size=knobs["minibatch_size"],
-            n_epochs=knobs["epochs"],
-            gamma=knobs["gamma"],
-            gae_lambda=knobs["gae_lambda"],
-            learning_rate=knobs["learning_rate"],
-            ent_coef=knobs.get("ent_coef", 0.0),
-            device="cpu",
-        )
+        model = sb3_model(knobs)
         began = time.perf_counter()
         model.learn(steps)
         return steps / (time.perf_counter() - began)
 
 
-def bench_training(rounds: int) -> Any:
+def bench_training(quick: bool) -> Any:
     rows = []
     for name, knobs, steps in (
         ("Thrust's defaults (64 x 32)", {}, 65536),
@@ -275,48 +394,87 @@ def bench_training(rounds: int) -> Any:
         ("RL-Zoo's for Acrobot (16 x 256)", ACROBOT, 8192),
         ("RL-Zoo's for MountainCar (16 x 16)", MOUNTAIN, 8192),
     ):
-        if "env" in knobs and not HAS_GYMNASIUM:
+        if "env" in knobs and not HAS["gymnasium"]:
             continue
-        contestants = {"Thrust": lambda k=knobs, s=steps: train_thrust(k, s)}
-        if HAS_SB3 and knobs:
-            contestants["SB3"] = lambda k=knobs, s=steps: train_sb3(k, s)
-        results = take_turns(contestants, rounds)
-        row = [name, f"{statistics.median(results['Thrust']):,.0f}"]
-        if "SB3" in results:
-            sb3 = results["SB3"]
-            row += [f"{statistics.median(sb3):,.0f}", f"{ratio(results['Thrust'], sb3):.2f}"]
-        else:
-            row += ["", ""]
+        runs = {"Thrust": lambda k=knobs, s=steps: train_thrust(k, s)}
+        if HAS["stable_baselines3"] and knobs:
+            runs["SB3"] = lambda k=knobs, s=steps: train_sb3(k, s)
+        results = take_turns(runs, 2 if quick else 7)
+        row, sb3 = [name, spread(results["Thrust"])], results.get("SB3")
+        row += [spread(sb3), ratio(results["Thrust"], sb3)] if sb3 else ["", ""]
         rows.append(row)
     header = ["settings", "Thrust", "Stable-Baselines3", "times that"]
     return table("Training, environment steps per second, one thread", header, rows)
 
 
-def bench_start(rounds: int) -> Any:
-    """Seconds from process start until `python thrust.py` says things, one seed per round."""
+# --- solving CartPole, from process start
+
+
+def solve_sb3(seed: int) -> None:
+    """Trains with RL-Zoo's CartPole settings until 100 episodes have a mean return of 475."""
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            recent = self.model.ep_info_buffer
+            return len(recent) < 100 or sum(e["r"] for e in recent) / len(recent) < 475
+
+    torch.set_num_threads(1)
+    falling = {"learning_rate": lambda left: 1e-3 * left, "clip_range": lambda left: 0.2 * left}
+    print("training CartPole", flush=True)
+    sb3_model(ZOO, seed, **falling).learn(100_000, Stop())
+    print("passed 475", flush=True)
+
+
+def run_and_watch(command: list[str]) -> dict[str, float]:
+    """Seconds from process start to what the process says, its end, its CPU time and memory."""
+    began, seen = time.perf_counter(), {}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen[line.split(",")[0].split(":")[0]] = time.perf_counter() - began
+    if hasattr(os, "wait4"):
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seen["cpu"] = used.ru_utime + used.ru_stime
+        kilobytes = used.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+        seen["memory"] = kilobytes / 1e3
+    process.wait()
+    return {**seen, "end": time.perf_counter() - began}
+
+
+def bench_solve(quick: bool) -> Any:
+    """Medians over seeds 1, 2, ...; the contestants take turns, seed by seed."""
+    seeds = range(1, 4 if quick else 11)
+    commands = {"Thrust": lambda seed: [sys.executable, thrust.__file__, f"--seed={seed}"]}
+    if HAS["stable_baselines3"]:
+        solve = f"import sys; sys.path[0] = {HERE!r}; import bench; bench.solve_sb3"
+        commands["Stable-Baselines3"] = lambda s: [sys.executable, "-c", f"{solve}({s})"]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for seed in seeds:
+        for name, command in commands.items():
+            if name == "Thrust" or not quick or seed == 1:
+                runs[name].append(run_and_watch(command(seed)))
+    names = {"training CartPole": "training begins", "passed 475": "475 passed"}
+    names |= {"end": "process ends", "cpu": "CPU seconds", "memory": "peak MB"}
     rows = []
-    for seed in range(rounds):
-        began, seen = time.perf_counter(), {}
-        flags = [sys.executable, thrust.__file__, "--seed", str(seed)]
-        process = subprocess.Popen(flags, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        for line in process.stdout:
-            seen[line.split(",")[0].split(":")[0]] = time.perf_counter() - began
-        process.wait()
-        moments = [seen.get(k) for k in ("training CartPole", "passed 195", "passed 475")]
-        rows.append([seed, *moments, time.perf_counter() - began])
-    medians = ["median", *(statistics.median(row[i] for row in rows) for i in range(1, 5))]
-    shown = [[row[0], *(f"{value:.1f}" for value in row[1:])] for row in [*rows, medians]]
-    header = ["seed", "training begins", "195 passed", "475 passed", "process ends"]
-    return table("python thrust.py, seconds from process start", header, shown)
+    for name, seen in runs.items():
+        solved = [run for run in seen if "passed 475" in run]
+        row = [name, f"{len(solved)} of {len(seen)}"]
+        rows.append(row + [spread([r[k] for r in solved if k in r] or [0]) for k in names])
+    header = ["", "seeds that passed 475", *names.values()]
+    title = "Until the last 100 training episodes have a mean return of 475, seconds from "
+    return table(f"{title}process start", header, rows)
 
 
 SECTIONS = {
     "environment": bench_environment,
     "pool": bench_pool,
+    "cpu": bench_cpu,
     "gae": bench_gae,
+    "update": bench_update,
     "training": bench_training,
-    "start": bench_start,
+    "solve": bench_solve,
 }
 
 
@@ -324,13 +482,15 @@ def machine() -> str:
     """One line about where this was measured."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        lines = file.read().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
-    versions = (
-        f"Python {platform.python_version()}, NumPy {np.__version__}, torch {torch.__version__}"
-    )
-    for package in ("gymnasium", "stable_baselines3"):
-        if importlib.util.find_spec(package):
+        if not any("avx512f" in line for line in lines):
+            processor += " (no AVX-512)"
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    versions += f", torch {torch.__version__}"
+    for package in PEERS:
+        if HAS[package]:
             versions += f", {package} {importlib.import_module(package).__version__}"
         else:
             print(
@@ -341,16 +501,16 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="three rounds instead of seven")
-    parser.add_argument("--only", choices=SECTIONS, help="measure one section")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and seeds")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", help="measure these sections")
     arguments = parser.parse_args()
     document: dict[str, Any] = {"machine": machine()}
     print(document["machine"])
     with tempfile.TemporaryDirectory() as folder:
         here = os.getcwd()
         os.chdir(folder)  # the runs that training makes are not worth keeping
-        for name in [arguments.only] if arguments.only else SECTIONS:
-            document[name] = SECTIONS[name](3 if arguments.quick else 7)
+        for name in arguments.only or SECTIONS:
+            document[name] = SECTIONS[name](arguments.quick)
         os.chdir(here)
     print("\n" + json.dumps(document, ensure_ascii=False))
 

@@ -263,7 +263,8 @@ class CartPole:
     for the dynamics of the cart-pole system". Raises ValueError for sizes below 1.
     """
 
-    # Arrays without axes, because a Python number has to be made one at every NumPy call.
+    # Arrays without axes: of a Python number, NumPy would have to make one at every call, which
+    # takes as long as to multiply 64 numbers by it.
     GRAVITY = np.array(9.8)  # m/s²
     POLE_MASS = np.array(0.1)  # kg
     TOTAL_MASS = np.array(0.1 + 1.0)  # kg, with the cart
@@ -353,7 +354,8 @@ class CartPole:
         angle, angular_velocity, x_acceleration, angle_acceleration, sin, cos, temp, work = rows
         np.sin(angle, out=sin)
         np.cos(angle, out=cos)
-        # F, by action; what np.take does with others does not matter, "clip" is the fastest
+        # F = -10 N for action 0, +10 N for action 1 ("clip", as nothing is left to be clipped,
+        # only keeps NumPy from making a copy in order to check)
         self.FORCES.take(actions, out=work, mode="clip")
         # temp = (F + m·l·θ̇²·sin θ) / m_total, with the pole's mass m and half its length l
         np.square(angular_velocity, out=temp)
