@@ -427,18 +427,18 @@ def solve_sb3(seed: int) -> None:
 
 
 def run_and_watch(command: list[str]) -> dict[str, float]:
-    """Seconds from process start to what the process says, its end, its CPU time and memory."""
+    """Seconds from process start to each thing that the process says, and to its end; and, on
+    Linux, the seconds of CPU and the MB of memory that it had used by then."""
     began, seen = time.perf_counter(), {}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         seen[line.split(",")[0].split(":")[0]] = time.perf_counter() - began
-    if hasattr(os, "wait4"):
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seen["cpu"] = used.ru_utime + used.ru_stime
-        kilobytes = used.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-        seen["memory"] = kilobytes / 1e3
+        with contextlib.suppress(OSError), open(f"/proc/{process.pid}/status") as file:
+            sizes = [row.split()[1] for row in file if row.startswith("VmHWM")]
+            seen["memory"] = int(sizes[0]) / 1e3
+        with contextlib.suppress(OSError):
+            seen["cpu"] = cpu_seconds([process.pid])
     process.wait()
     return {**seen, "end": time.perf_counter() - began}
 
@@ -461,7 +461,8 @@ def bench_solve(quick: bool) -> Any:
     for name, seen in runs.items():
         solved = [run for run in seen if "passed 475" in run]
         row = [name, f"{len(solved)} of {len(seen)}"]
-        rows.append(row + [spread([r[k] for r in solved if k in r] or [0]) for k in names])
+        moments = [[run[k] for run in solved if k in run] for k in names]
+        rows.append(row + [spread(seconds) if seconds else "" for seconds in moments])
     header = ["", "seeds that passed 475", *names.values()]
     title = "Until the last 100 training episodes have a mean return of 475, seconds from "
     return table(f"{title}process start", header, rows)

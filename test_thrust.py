@@ -166,7 +166,7 @@ def use_ppo(m):
     policy, config = m.ActorCritic(*spaces), m.Config(num_envs=4, num_steps=2, minibatch_size=4)
     batch = m.RolloutBuffer(2, 4, *spaces).batch(0.9, 0.9)
     stats = m.ppo_update(policy, m.Adam(policy), batch, config, 1e-3, torch.Generator())
-    assert stats["gradient_steps"] == 8
+    assert stats["gradient_steps"] == 2 * config.epochs
 
 
 def use_training(m):
@@ -1727,7 +1727,7 @@ def test_every_knob_is_a_flag_with_its_help_and_default(capsys):
     for field in dataclasses.fields(thrust.Config):
         assert f"--{field.name.replace('_', '-')}" in text
         assert field.metadata["help"] in text
-    assert "(default: 64 64)" in text and "(default: 0.005)" in text
+    assert "(default: 64 64)" in text and "(default: 0.006)" in text
 
 
 @pytest.mark.parametrize(

@@ -105,10 +105,17 @@ from torch.optim.adam import adam
 # --help prints. The command line (part 8) is generated from this class, and so is the
 # config.json that a run leaves behind.
 #
-# The defaults solve CartPole in seconds on a laptop. One of them is unusual: the learning rate
-# is 17 times the common 3e-4. It was found by trial: CartPole is easy enough to be learned in
-# large changes of the weights, as long as they come first, and the rate falls towards zero for
-# careful ones at the end. (At 8e-3 it was learned sooner, but 2 of 20 runs ended below 500.)
+# The defaults solve CartPole in seconds. They were found by trial, on seeds of their own; what
+# follows is the median of twelve more, in environment steps until the pole stayed up:
+#
+#   64 x 32, 512   At these sizes a call into torch costs as much as its arithmetic, so large
+#                  batches are cheap. With twice the environments, or half the rollout, some
+#                  seeds failed, or more steps were needed than larger batches saved.
+#   3 epochs       94 thousand steps, in 552 gradient steps; a fourth epoch: 84, in 656.
+#   λ = 0.95       with 0.9, which trusts the critic more, 115 thousand.
+#   6e-3           20 times the common learning rate, because CartPole can be learned in large
+#                  changes of the weights, as long as the rate then falls towards zero for
+#                  careful ones. With 5e-3 or 7e-3, 100 thousand.
 # ==============================================================================================
 
 
@@ -128,13 +135,15 @@ class Config:
     seed: int = knob(0, "the number that every random draw of the run is derived from")
     num_envs: int = knob(64, "environments played side by side (N); more: steadier gradients")
     num_steps: int = knob(32, "steps of each per rollout (T); few: shortsighted advantages")
-    total_steps: int = knob(150_000, "steps to train for, in all environments together")
+    total_steps: int = knob(200_000, "steps to train for, in all environments together")
     minibatch_size: int = knob(512, "transitions per gradient step (M); small: noisy gradients")
-    epochs: int = knob(4, "passes over each rollout; many: its data no longer fits the policy")
-    learning_rate: float = knob(5e-3, "Adam's step size; too large: what was learned is lost")
+    epochs: int = knob(3, "passes over each rollout; many: its data no longer fits the policy")
+    learning_rate: float = knob(6e-3, "Adam's step size; too large: what was learned is lost")
     anneal: bool = knob(True, "lower the learning rate linearly, update by update, towards 0")
     gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count")
-    gae_lambda: float = knob(0.9, "λ; 0: advantages rely on expected rewards, 1: on those seen")
+    gae_lambda: float = knob(
+        0.95, "λ; 0: advantages rely on expected rewards, 1: on those seen"
+    )
     clip: float = knob(0.2, "ε: a probability is pushed no further than this, as a fraction")
     ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore for longer")
     vf_coef: float = knob(0.5, "weight of the value network's mean squared error")
