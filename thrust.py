@@ -182,6 +182,8 @@ class Config:
         def whole(value: Any) -> bool:
             return type(value) is int and value >= 1
 
+        for name, value in vars(self).items():  # NumPy's numbers become Python's, to be saved
+            object.__setattr__(self, name, value.item() if hasattr(value, "item") else value)
         if isinstance(self.hidden, list):
             object.__setattr__(self, "hidden", tuple(self.hidden))
         # Each rule is put so that NaN fails it: every comparison with NaN is false.
@@ -191,12 +193,18 @@ class Config:
         require("env device", lambda v: isinstance(v, str) and v, "a name")
         require("anneal norm_obs norm_reward", lambda v: type(v) is bool, "True or False")
         require("hidden", lambda v: all(map(whole, v)), "whole numbers, at least 1 each")
+        # What no machine has room for is refused here, and not by an allocation deep inside.
+        vast = "num_envs num_steps eval_episodes"
+        require(vast, lambda v: v <= 10**6, "at most a million")
+        require("hidden", lambda v: max(v, default=0) <= 10**5, "at most 100,000 each")
+        require("threads", lambda v: v <= 1024, "at most 1,024")
         require("gamma gae_lambda", lambda v: 0 <= v <= 1, "from 0 to 1")
         require("clip", lambda v: 0 < v < 1, "above 0 and below 1")
-        inf = float("inf")
-        require("ent_coef vf_coef", lambda v: 0 <= v < inf, "finite and 0 or more")
-        require("learning_rate max_grad_norm", lambda v: 0 < v < inf, "finite and above 0")
-        require("target_kl", lambda v: v is None or v > 0, "above 0, or not given at all")
+        huge = 1e308  # and not infinity, below which there are integers that are no floats
+        require("ent_coef vf_coef", lambda v: 0 <= v < huge, "finite and 0 or more")
+        require("learning_rate max_grad_norm", lambda v: 0 < v < huge, "finite and above 0")
+        rule = "finite and above 0, or not given at all"
+        require("target_kl", lambda v: v is None or 0 < v < huge, rule)
         require("workers", lambda v: v <= self.num_envs, f"at most num_envs, {self.num_envs}")
         rollout = f"num_envs * num_steps = {self.batch_size}"
         require("minibatch_size", lambda v: v <= self.batch_size, f"at most {rollout}")
@@ -1607,15 +1615,30 @@ class Learner:
         buffer.logprob[:] = logprob.cpu().view(buffer.logprob.shape)
         buffer.value[:-1] = value.cpu().view(buffer.logprob.shape)
         buffer.value[-1] = policy.value(buffer.obs[-1]).cpu()
+        self.require_finite(vars(buffer))
 
     def improve(self, batch: Batch, rate: float) -> dict[str, float]:
         """One update of the policy: what `ppo_update` returns."""
         generator = self.generators["minibatches"]
         batch = batch.to(self.config.device)
         stats = ppo_update(self.policy, self.optimizer, batch, self.config, rate, generator)
+        self.require_finite(stats | {"weights": self.optimizer.weights})
         self.update += 1
         self.keep_snapshot()
         return stats
+
+    def require_finite(self, quantities: dict[str, Any]) -> None:
+        """RuntimeError if one of them is NaN or infinite: nothing can be learned from then on.
+        One look per rollout and one per update will do, as neither ever becomes finite again.
+        """
+        for name, value in quantities.items():
+            if not torch.as_tensor(value).isfinite().all():
+                raise RuntimeError(
+                    f"update {self.update + 1}: {name} is NaN or infinite; usual causes are a "
+                    f"learning rate that is too large (it is {self.config.learning_rate:g}), "
+                    "rewards of huge size (--norm-reward scales them) and an environment that "
+                    "returned it"
+                )
 
     def keep_snapshot(self) -> None:
         """Copies the policy at eight moments, first and last included. CartPole's, because the
@@ -1814,7 +1837,7 @@ def torch_ready(config: Config) -> Iterator[int]:
         torch.set_num_threads(config.threads)
         if together and config.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.zeros(1, device=config.device)
+        torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError) as error:
         torch.set_num_threads(threads)
         reason = str(error).partition("\n")[0]
@@ -1840,6 +1863,8 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
     """
     with contextlib.ExitStack() as stack:
         rank = stack.enter_context(torch_ready(config))
+        # NumPy would only warn of NaN and infinity, which the learner looks for.
+        stack.enter_context(np.errstate(all="ignore"))
         updates = config.num_updates // world_size()
         if updates == 0:
             raise ValueError("total_steps is less than one rollout of all ranks together")
@@ -1975,7 +2000,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         print(f"thrust: {error}", file=sys.stderr)
         return 1
 
