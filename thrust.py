@@ -77,6 +77,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import multiprocessing as mp
@@ -90,6 +91,7 @@ import threading
 import time
 import traceback
 import weakref
+import zipfile
 from typing import Any, ClassVar, Iterator, NamedTuple, NoReturn
 
 import numpy as np
@@ -1368,7 +1370,7 @@ def ppo_update(
 
 # ==============================================================================================
 # 7. Training
-# Needs: import contextlib, csv, hashlib, json, pathlib, pkgutil, sys; parts 1, 2, 3, 4, 5, 6, 9
+# Needs: import csv, hashlib, io, pathlib, pkgutil, sys, zipfile; parts 1, 2, 3, 4, 5, 6, 9
 #
 # The loop at the end of this part is PPO's six steps in order. What surrounds it makes a run
 # repeatable, and hard to lose.
@@ -1384,7 +1386,12 @@ def ppo_update(
 #
 # The state at the end of every update is kept in memory, which costs little. It goes to disk
 # every few updates, and when anything but a kill ends the run early: Ctrl-C loses less than one
-# update, SIGKILL and power cuts less than checkpoint_every.
+# update, SIGKILL and power cuts less than checkpoint_every. On a full disk, training goes on,
+# and what could not be written is tried again.
+#
+# What is read is not trusted. A checkpoint ends with a digest of its content, because torch
+# loads most files in which a bit was flipped without complaint; and since whoever forges a file
+# can forge its digest too, it is loaded as data, and each field has to be of the right kind.
 # ==============================================================================================
 
 # The columns of log.csv, which has a row per update, and what is healthy. Losses, entropy, KL,
@@ -1409,10 +1416,17 @@ COLUMNS = {
 }
 PURPOSES = ["weights", "environments", "actions", "minibatches", "evaluation"]
 BARS = {195: "CartPole-v0", 475: "CartPole-v1"}  # mean returns that count as solving them
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 MAY_DIFFER = ["workers", "checkpoint_every", "eval_episodes"]  # in a resumed run's config
 EVALUATION_LIMIT = 1_000_000  # steps
-PLAIN = ["update", "episodes", "recent", "rows", "snapshots"]  # Learner's numbers and lists
+PLAIN = {  # Learner's numbers and lists, and of what kind they are
+    "update": int,
+    "episodes": int,
+    "recent": [list],
+    "rows": [dict.fromkeys(COLUMNS, (int, float))],
+    "snapshots": [{"steps": int} | dict.fromkeys(["weights", "mean", "std"], torch.Tensor)],
+}
+SAVED = dict.fromkeys(["tensors", "generators", "envs"], dict) | PLAIN  # all of a Learner
 
 
 def derive_seed(seed: int, purpose: str, *more: int) -> int:
@@ -1675,7 +1689,9 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned; where environments have no state, new episodes."""
+        """Takes over what `state` returned; where environments have no state, new episodes.
+        ValueError if it is the state of another network or other environments."""
+        require_kind(self.state(), state, "state")
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
         for name, generator in self.generators.items():
@@ -1701,36 +1717,72 @@ def new_run(config: Config) -> pathlib.Path:
             count += 1
             run = run.with_name(f"{name}-{count}")
     text = json.dumps(dataclasses.asdict(config), indent=2)
-    (run / "config.json").write_text(text + "\n", encoding="utf-8")
+    replace(run / "config.json", f"{text}\n".encode())
     return run
 
 
+def replace(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file in one step: at any moment, `path` is the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the old one's name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half of it would only help to fill a full disk
+
+
 def save_checkpoint(run: pathlib.Path | None, config: Config, state: dict[str, Any]) -> None:
-    """Replaces the run's checkpoint in one step: at any moment there is the old or the new. It
-    holds the states of all ranks, and rank 0, which has a run, writes it."""
-    content = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(config)}
-    content["ranks"] = of_all_ranks(state)
-    if run is None:
-        return
-    temporary = run / "checkpoint.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before it takes the old one's name
-    os.replace(temporary, run / "checkpoint.pt")
+    """Replaces the run's checkpoint. It holds the states of all ranks, and rank 0, which has a
+    run, writes it."""
+    saved = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(config)}
+    saved["ranks"] = of_all_ranks(state)
+    if run is not None:
+        memory = io.BytesIO()
+        torch.save(saved, memory)
+        content = memory.getvalue()
+        replace(run / "checkpoint.pt", content + hashlib.sha256(content).digest())
+
+
+def require_kind(kind: Any, value: Any, name: str) -> None:
+    """Raises ValueError, which names the field, unless `value` is of a kind: of that type, or a
+    tensor of that dtype and shape, a dict with those keys, a list of items like its first."""
+    fits = isinstance(value, kind if isinstance(kind, (type, tuple)) else type(kind))
+    if fits and isinstance(kind, torch.Tensor):
+        fits = (value.dtype, value.shape) == (kind.dtype, kind.shape)
+    elif fits and isinstance(kind, dict):
+        fits = kind.keys() <= value.keys()
+    if not fits:
+        raise ValueError(f"{name} is not of the kind and size that this run needs")
+    if isinstance(kind, dict):
+        for key in kind:
+            require_kind(kind[key], value[key], f"{name}.{key}")
+    elif isinstance(kind, list) and kind:
+        for item in value:
+            require_kind(kind[0], item, name)
 
 
 def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, list[dict[str, Any]]]:
-    """A run's config, and the state of each rank's Learner. Raises ValueError for what is not a
-    Thrust checkpoint; code hidden in one is not run."""
+    """A run's config, and the state of each rank's Learner, exactly as they were saved. Raises
+    ValueError for anything else; code hidden in it is not run."""
     path = pathlib.Path(run, "checkpoint.pt")
+    if not path.is_file():
+        raise ValueError(f"{run} holds no checkpoint.pt: give the folder of a run")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if content["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"its format is {content['format']}, and not {CHECKPOINT_FORMAT}")
-        return Config(**content["config"]), content["ranks"]
-    except FileNotFoundError:
-        raise ValueError(f"{run} holds no checkpoint.pt: give the folder of a run") from None
+        whole = path.read_bytes()
+        content, digest = whole[:-32], whole[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("it is damaged, or of another version of Thrust")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # never compressed by torch.save
+            if sum(file.file_size for file in archive.infolist()) > len(content):
+                raise ValueError("it would unpack to more than its own size")
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {saved['format']}, and not {CHECKPOINT_FORMAT}")
+        require_kind([SAVED], saved["ranks"] or [None], "ranks")
+        return Config(**saved["config"]), saved["ranks"]
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is not a checkpoint that can be loaded: {reason}") from None
@@ -1757,10 +1809,12 @@ def load(run: str | pathlib.Path) -> ActorCritic:
     with contextlib.closing(MakeEnv(config.env)(1)) as env:
         spaces = env.single_observation_space, env.single_action_space
     policy = ActorCritic(*spaces, config.hidden, torch.Generator())
-    tensors = ranks[0]["tensors"]
+    tensors, weights = ranks[0]["tensors"], nn.utils.parameters_to_vector(policy.parameters())
+    require_kind({"weights": weights}, tensors, "tensors")
     nn.utils.vector_to_parameters(tensors["weights"], policy.parameters())
     if config.norm_obs:
         policy.normalizer = Normalizer(math.prod(spaces[0].shape))
+        require_kind({"obs_sums": policy.normalizer.sums}, tensors, "tensors")
         policy.normalizer.sums = tensors["obs_sums"]
     return policy
 
@@ -1784,12 +1838,13 @@ class Report:
         self.began = self.printed = time.perf_counter()
         rows = learner.rows
         self.done_before, self.seconds_before = len(rows), rows[-1]["seconds"] if rows else 0.0
+        self.failed: dict[str, OSError] = {}
+        self.warning = (
+            "thrust: {} cannot be written: {}; training goes on, to try again later\n"
+        )
         # A killed run may have logged more than it had saved: the log begins again from `rows`.
-        path = run / "log.csv" if run else os.devnull
-        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115
-        self.log = csv.DictWriter(self.file, COLUMNS)
-        self.log.writeheader()
-        self.log.writerows(rows)
+        self.logged = self.log_size = 0  # rows, and bytes
+        self.write_log()
         size = f"{updates} updates of {learner.config.batch_size * world_size()} steps"
         self.say(f"training {learner.config.env}: {size}; everything is kept in {run}")
 
@@ -1802,14 +1857,45 @@ class Report:
     def say(self, text: str, end: str = "\n") -> None:
         """Prints a line that stays, or, with another end, one that the next line overwrites."""
         if self.run:
-            print(f"\r{text:<79}" if self.terminal else text, end=end, flush=True)
+            line = f"\r{text:<79}" if self.terminal else text
+            self.attempt("the output", lambda: print(line, end=end, flush=True))
+
+    def write_log(self) -> None:
+        """Appends the rows that log.csv lacks, at its end, or where a failed write began."""
+        if self.run is None:
+            return
+        mode, rows = "r+" if self.log_size else "w", self.learner.rows
+        with open(self.run / "log.csv", mode, newline="", encoding="utf-8") as file:
+            file.seek(self.log_size)
+            file.truncate()
+            log = csv.DictWriter(file, COLUMNS)
+            if not self.log_size:
+                log.writeheader()
+            log.writerows(rows[self.logged :])
+            file.flush()
+            self.logged, self.log_size = len(rows), file.tell()
+
+    def attempt(self, name: str, write: Any, *arguments: Any) -> None:
+        """Calls `write`. Where that fails, as on a full disk, training goes on, and the first
+        time a warning says so; `failed` tells what has not been written since either."""
+        try:
+            write(*arguments)
+            self.failed.pop(name, None)
+        except OSError as error:
+            self.failed[name] = error
+            warning, self.warning = self.warning, ""
+            with contextlib.suppress(OSError):  # where that cannot be written either
+                print(warning.format(name, error), end="", file=sys.stderr, flush=True)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """`save_checkpoint`, which may fail."""
+        self.attempt("checkpoint.pt", save_checkpoint, self.run, self.learner.config, state)
 
     def add_last_row(self) -> None:
         """Logs the last update, and shows progress: in a terminal one line that changes, else
         the first, the last, and one every five seconds."""
         *earlier, row = self.learner.rows
-        self.log.writerow(row)
-        self.file.flush()
+        self.attempt("log.csv", self.write_log)
         done, updates, now = len(earlier) + 1, self.updates, time.perf_counter()
         seconds_left = (now - self.began) / (done - self.done_before) * (updates - done)
         if self.terminal or done in (self.done_before + 1, updates) or now - self.printed >= 5:
@@ -1858,8 +1944,9 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
     run in that folder; then evaluates the policy. Under torchrun, together with other ranks.
 
     Whatever ends training early, the state at the end of the last update is saved first. Raises
-    ValueError for a run that cannot be resumed, or not with this config; WorkerError for a
-    failed worker; OSError where files cannot be written.
+    ValueError for a run that cannot be resumed, or not with this config; RuntimeError for NaN
+    or infinity; WorkerError for a failed worker; OSError where files cannot be written, either
+    before training begins or, if that changes on the way, after all else is done.
     """
     with contextlib.ExitStack() as stack:
         rank = stack.enter_context(torch_ready(config))
@@ -1874,12 +1961,11 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
         learner.begin() if saved is None else learner.restore(saved)
         run = None if rank else pathlib.Path(resume) if resume else new_run(config)
         report = Report(run, learner, updates)
-        stack.callback(report.file.close)
         if saved and not pool.has_state:
             report.say("these environments cannot be saved: going on with new episodes")
         state = learner.state()
+        save_checkpoint(run, config, state)  # fails before training does, if it has to
         try:
-            save_checkpoint(run, config, state)
             for update in range(learner.update, updates):
                 began = time.perf_counter()
                 learner.collect()  # 1. Collect.
@@ -1893,22 +1979,26 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
                 state = learner.state()  # from here on, this update cannot be lost
                 report.add_last_row()  # 5. Report.
                 if learner.update % config.checkpoint_every == 0:
-                    save_checkpoint(run, config, state)
-            save_checkpoint(run, config, state)
+                    report.save(state)
+            report.save(state)
             learner.policy.normalizer = learner.obs_norm if config.norm_obs else None
             evaluation = evaluate(learner.policy, config)  # 6. Repeat, done; evaluate.
-            save_checkpoint(run, config, {**state, "evaluation": str(evaluation)})
+            report.save({**state, "evaluation": str(evaluation)})
         except BaseException:
             # Where there are other ranks, they may have ended: the last checkpoint has to do.
             if world_size() == 1:
-                save_checkpoint(run, config, state)
+                report.save(state)
                 at = f"stopped after update {state['update']} of {updates}"
-                report.say(f"{at}; to go on: python thrust.py --resume {run}")
+                if not report.failed:
+                    report.say(f"{at}; to go on: python thrust.py --resume {run}")
             raise
         if run:
-            report.say(f"page: {write_page(run)}")
+            report.attempt("page.html", lambda: report.say(f"page: {write_page(run)}"))
         report.say(str(evaluation))
         report.say(f"weights: {weights_hash(learner.policy)}")
+        if report.failed:
+            reasons = [f"{name} ({error})" for name, error in report.failed.items()]
+            raise OSError(f"{run} lacks what could not be written: {', '.join(reasons)}")
         return Result(learner.policy, learner.rows, evaluation, run)
 
 
@@ -2007,7 +2097,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # ==============================================================================================
 # 9. Page
-# Needs: import base64, math, os, subprocess; parts 1, 2, 3, 4, 5, 6, 7
+# Needs: import base64, contextlib, json, math, os, subprocess; parts 1, 2, 3, 4, 5, 6, 7
 #
 # People would rather look than read a log. So a run leaves a page in its folder: one HTML file
 # that loads nothing from anywhere, with the learning curve and, for CartPole, the policy at
@@ -2386,9 +2476,7 @@ def write_page(run: str | pathlib.Path) -> pathlib.Path:
         "page.html": PAGE.replace("RUN_DATA", json.dumps(plain(data)).replace("<", "\\u003c")),
     }
     for name, text in texts.items():
-        temporary = (run / name).with_suffix(".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, run / name)
+        replace(run / name, text.encode())
     return run / "page.html"
 
 
