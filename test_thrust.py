@@ -7,13 +7,18 @@
 Wherever it can be, a claim is checked against somebody else: Gymnasium's CartPole, the GAE of
 Stable-Baselines3 and torchrl, Stable-Baselines3's PPO, torch's own Adam and distributions, or a
 formula written out in full. Tests that need a package outside requirements.txt are skipped
-where it is missing, unless THRUST_ALL_TESTS is set, as it is in CI.
+where it is missing, unless THRUST_ALL_TESTS is set, as it is in CI. Tests that take long or
+kill processes need THRUST_SLOW_TESTS=1.
 """
 
 import contextlib
 import csv
 import dataclasses
 import doctest
+import errno
+import functools
+import gc
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -23,6 +28,8 @@ import math
 import multiprocessing as mp
 import os
 import pathlib
+import pickle
+import random
 import re
 import shutil
 import signal
@@ -30,6 +37,8 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -40,6 +49,9 @@ import thrust
 SOURCE = pathlib.Path(thrust.__file__)
 METHODS = mp.get_all_start_methods()
 WALL_CLOCK = ("seconds", "steps_per_second")
+slow = pytest.mark.skipif(
+    os.environ.get("THRUST_SLOW_TESTS") != "1", reason="slow: set THRUST_SLOW_TESTS=1"
+)
 
 
 def oracle(name):
@@ -1257,8 +1269,6 @@ def test_a_checkpoint_is_data_and_its_policy_is_the_one_that_was_trained(undistu
 
 
 def test_training_leaves_global_generators_and_threads_alone(in_tmp):
-    import random
-
     def state():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
@@ -1291,31 +1301,6 @@ def test_a_resumed_run_keeps_its_config(undisturbed):
         changed = dataclasses.replace(config, **{knob: value})
         with pytest.raises(ValueError, match=f"has {knob} = .*, not {value}; only workers"):
             thrust.train(changed, resume=result.run)
-
-
-def test_what_is_no_checkpoint_is_refused_in_one_sentence(in_tmp):
-    with pytest.raises(ValueError, match="holds no checkpoint"):
-        thrust.load("nowhere")
-    path = in_tmp / "checkpoint.pt"
-    for content in (b"", b"not a checkpoint", b"PK\x03\x04" + bytes(1000)):
-        path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match="is not a checkpoint that can be loaded"
-        ) as refusal:
-            thrust.load(in_tmp)
-        assert "\n" not in str(refusal.value)
-    torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="its format is 99, and not 2"):
-        thrust.load(in_tmp)
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(in_tmp / "executed"),)
-
-    torch.save({"format": thrust.CHECKPOINT_FORMAT, "evil": Evil()}, path)
-    with pytest.raises(ValueError, match="is not a checkpoint"):
-        thrust.load(in_tmp)
-    assert not (in_tmp / "executed").exists()
 
 
 def test_an_error_in_training_saves_the_last_update_and_says_how_to_go_on(in_tmp, capsys):
@@ -2209,6 +2194,668 @@ def test_the_page_of_another_environment_has_its_curve_and_no_pole(browser, in_t
     assert path.startswith("M") and "NaN" not in path
     assert browser.text("summary").startswith("Evaluation: mean return -")
     assert browser.complaints() == []
+
+
+# ==============================================================================================
+# Files and numbers: nothing is lost, and nothing wrong is believed (parts 1, 6 and 7)
+# ==============================================================================================
+
+
+def in_a_process(call, *arguments, **options):
+    """Calls a function of this module in a process of its own; returns that, finished."""
+    code = f"import test_thrust; test_thrust.{call.__name__}(*{arguments!r})"
+    path = {"PYTHONPATH": str(SOURCE.parent), "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+        env=os.environ | path, **options,
+    )  # fmt: skip
+
+
+def some_state(config):
+    with thrust.EnvPool(thrust.CartPole, config.num_envs, 0) as envs:
+        learner = thrust.Learner(config, envs)
+        learner.begin()
+        return learner.state()
+
+
+def kill_while_saving(kills):
+    """Kills processes that save checkpoints in a loop, each as far as the loop has come."""
+    torch.set_num_threads(1)
+    config, rng, run, last = small(), random.Random(), pathlib.Path("."), 0
+    state, full = some_state(config), 0
+    thrust.save_checkpoint(run, config, {**state, "update": 0})
+    size = len(state["tensors"]["weights"])
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            for i in itertools.count(last):
+                tensors = state["tensors"] | {"weights": torch.full([size], float(i))}
+                thrust.save_checkpoint(run, config, state | {"update": i, "tensors": tensors})
+        time.sleep(rng.uniform(0.01, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        full += pathlib.Path("checkpoint.tmp").exists()
+        _, (loaded,) = thrust.load_checkpoint(run)
+        assert last <= loaded["update"]
+        last = loaded["update"]
+        assert last == 0 or (loaded["tensors"]["weights"] == last).all()
+    print(last, full)
+
+
+@slow
+def test_killed_while_it_is_saved_a_checkpoint_is_the_old_or_the_new_one(in_tmp):
+    done = in_a_process(kill_while_saving, 100)
+    assert done.returncode == 0, done.stderr
+    saves, torn = map(int, done.stdout.split())
+    assert saves > 50 and torn > 10  # temporary files: they were killed in the middle
+
+
+def train_and_be_killed(kills, updates):
+    """A run of `updates`, killed `kills` times on the way, its workers 0, 1, 2, 0 and so on."""
+    rng, log, nothing = random.Random(), pathlib.Path("runs/CartPole-0/log.csv"), os.devnull
+    config, seen, run = killed_config(updates), 0, None
+    thrust.EnvPool = functools.partial(thrust.EnvPool, start_method="fork")  # sooner started
+    for kill in range(kills + 1):
+        child = os.fork()
+        if child == 0:
+            with open(nothing, "w") as sys.stdout:
+                thrust.train(dataclasses.replace(config, workers=kill % 3), resume=run)
+            os._exit(0)
+        goal = seen + rng.randint(1, updates // kills)
+        while kill < kills and (lines(log) <= goal or lines(log) < seen):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+            time.sleep(0.001)
+        if kill < kills:
+            time.sleep(rng.uniform(0, 0.02))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert status == (signal.SIGKILL if kill < kills else 0), (kill, status)
+        run = log.parent
+        seen = len(thrust.load_checkpoint(run)[1][0]["rows"])
+        print(kill, seen, flush=True)
+
+
+def killed_config(updates):
+    return small(total_steps=8 * 16 * updates, checkpoint_every=3, norm_obs=True)
+
+
+def lines(log):
+    return len(log.read_bytes().splitlines()) if log.exists() else 0
+
+
+@slow
+def test_killed_twenty_times_a_run_is_bit_for_bit_the_run_that_was_not(in_tmp):
+    done = in_a_process(train_and_be_killed, 20, 200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, run = thrust.train(killed_config(200)), in_tmp / "runs" / "CartPole-0"
+    assert rows_without_clock(run) == rows_without_clock(whole.run)
+    (ours,), (theirs,) = (thrust.load_checkpoint(r)[1] for r in (run, whole.run))
+    assert thrust.weights_hash(thrust.load(run)) == thrust.weights_hash(whole.policy)
+    assert equal(ours["snapshots"], theirs["snapshots"]) and len(ours["snapshots"]) == 8
+    assert equal(ours["tensors"], theirs["tensors"]) and equal(ours["envs"], theirs["envs"])
+    assert ours["evaluation"] == theirs["evaluation"]
+
+
+def equal(a, b):
+    """Whether two things made of dicts, lists, tensors and numbers are the same."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# --- a full disk
+
+
+def disk_is_full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_on_a_full_disk_training_goes_on_and_warns_once(recovers, in_tmp, capsys, monkeypatch):
+    update, space, logged = thrust.ppo_update, thrust.os.fsync, thrust.Report.write_log
+
+    def fill(policy, optimizer, *arguments):
+        done = int(optimizer.steps) // 8  # gradient steps per update
+        full = done >= 2 and not (recovers and done >= 5)
+        monkeypatch.setattr(thrust.os, "fsync", disk_is_full if full else space)
+        monkeypatch.setattr(thrust.Report, "write_log", disk_is_full if full else logged)
+        return update(policy, optimizer, *arguments)
+
+    monkeypatch.setattr(thrust, "ppo_update", fill)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(small()).items() if type(v) is int]
+    assert thrust.main(flags) == (0 if recovers else 1)
+    out, err = capsys.readouterr()
+    warning, *error = err.splitlines()
+    assert warning.endswith("No space left on device; training goes on, to try again later")
+    assert out.splitlines()[-1].startswith("weights: ") and "evaluation: mean" in out
+    run = in_tmp / "runs" / "CartPole-0"
+    _, (state,) = thrust.load_checkpoint(run)
+    assert state["update"] == (6 if recovers else 2) and not list(run.glob("*.tmp"))
+    assert len(rows_without_clock(run)) == (6 if recovers else 2)
+    if recovers:
+        assert error == []
+    else:
+        assert len(error) == 1 and error[0].startswith("thrust: runs")
+        assert all(name in error[0] for name in ("checkpoint.pt", "log.csv", "page.html"))
+    monkeypatch.undo()
+    monkeypatch.chdir(in_tmp)
+    resumed, whole = thrust.train(small(), resume=run), thrust.train(small())
+    assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(whole.policy)
+    assert rows_without_clock(run) == rows_without_clock(whole.run)
+
+
+def train_with_little_space(recovers):
+    """After 20 updates no file may be longer than 6,000 bytes, for ten more or for good.
+    The kernel then writes a part of what it is given, and refuses the rest."""
+    import resource
+
+    update = thrust.ppo_update
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def limit(policy, optimizer, *arguments):
+        done = int(optimizer.steps) // 8
+        if done == 20 or (done == 30 and recovers):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (6000 if done == 20 else hard, hard))
+        return update(policy, optimizer, *arguments)
+
+    thrust.ppo_update = limit
+    sys.exit(thrust.main(flags_of(small(total_steps=8 * 16 * 40))))
+
+
+@slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_log_that_was_written_in_part_is_whole_again(recovers, undisturbed, in_tmp):
+    done = in_a_process(train_with_little_space, recovers)
+    run, rows = in_tmp / "runs" / "CartPole-0", rows_without_clock(undisturbed[1].run)
+    assert done.returncode == (0 if recovers else 1)
+    assert len(done.stderr.splitlines()) == (1 if recovers else 2)
+    assert "File too large; training goes on" in done.stderr
+    if recovers:
+        assert rows_without_clock(run) == rows
+        assert thrust.load_checkpoint(run)[1][0]["update"] == 40
+    else:
+        assert (run / "log.csv").stat().st_size == 6000
+        assert thrust.load_checkpoint(run)[1][0]["update"] == 20
+        resumed = thrust.train(undisturbed[0], resume=run)
+        assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(undisturbed[1].policy)
+        assert rows_without_clock(run) == rows
+
+
+@slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_training_survives_that_its_output_cannot_be_written(in_tmp):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command(*flags_of(small())), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert thrust.load_checkpoint("runs/CartPole-0")[1][0]["update"] == 6
+    assert len(rows_without_clock(in_tmp / "runs/CartPole-0")) == 6
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """As somebody who may not write there: for root, no folder is read-only."""
+    root = os.geteuid() == 0
+    os.chmod(folder, 0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        os.chmod(folder, 0o755)
+
+
+def a_file(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    path.write_text("not a folder")
+
+
+def a_folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are others on Windows")
+@pytest.mark.parametrize(
+    ("spoil", "path", "resume", "sentence"),
+    [
+        (a_file, "runs", False, "File exists: 'runs'"),
+        (read_only, "runs", False, "Permission denied: 'runs/CartPole-0-2'"),
+        (a_file, "runs/CartPole-0", True, "holds no checkpoint.pt: give the folder of a run"),
+        (a_folder, "runs/CartPole-0/checkpoint.pt", True, "holds no checkpoint.pt"),
+        (a_folder, "runs/CartPole-0/checkpoint.tmp", True, "Is a directory: "),
+        (
+            a_folder,
+            "runs/CartPole-0/log.csv",
+            True,
+            "Is a directory: 'runs/CartPole-0/log.csv'",
+        ),
+        (read_only, "runs/CartPole-0", True, "Permission denied: 'runs/CartPole-0/"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_training(
+    spoil, path, resume, sentence, in_tmp, capsys, monkeypatch
+):
+    thrust.train(small())
+    capsys.readouterr()
+    monkeypatch.setattr(thrust.Learner, "collect", lambda self: pytest.fail("it began"))
+    spoiled = spoil(in_tmp / path) or contextlib.nullcontext()
+    in_tmp.chmod(0o755)
+    with spoiled:
+        assert thrust.main(["--resume", "runs/CartPole-0"] if resume else []) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("thrust: ") and sentence in err and err.count("\n") == 1
+    assert "steps/s" not in out
+
+
+# --- what is no checkpoint, or not the one that was saved
+
+
+@pytest.fixture
+def saved(in_tmp):
+    """A small checkpoint: its path and its content."""
+    config = small(hidden=(4,), num_envs=2, num_steps=4, minibatch_size=8, total_steps=16)
+    path = thrust.train(config).run.absolute() / "checkpoint.pt"
+    return path, path.read_bytes()
+
+
+def forge(path, content):
+    """Puts bytes, or what torch is to save, there with a digest that matches."""
+    if not isinstance(content, bytes):
+        memory = io.BytesIO()
+        torch.save(content, memory)
+        content = memory.getvalue()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def mutated(content, rng):
+    """The same bytes but for a change: a bit, a byte, two swapped, a slice, the length."""
+    data, i, j = bytearray(content), rng.randrange(len(content)), rng.randrange(len(content))
+    kind = rng.randrange(6)
+    if kind <= 1:
+        data[i] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data[i], data[j] = data[j], data[i]
+    elif kind == 3:
+        data[i : i + 64] = rng.randbytes(len(data[i : i + 64]))
+    elif kind == 4:
+        data[min(i, j) : max(i, j)] = b""
+    else:
+        data[i:i] = rng.randbytes(rng.randrange(1, 64))
+    return bytes(data)
+
+
+def test_of_1500_mutations_none_is_accepted(saved):
+    (path, content), rng, tried = saved, random.Random(0), 0
+    while tried < 1500:
+        data = mutated(content, rng)
+        if data == content:  # two equal bytes were swapped
+            continue
+        tried += 1
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="is not a checkpoint that can be loaded"):
+            thrust.load_checkpoint(path.parent)
+    path.write_bytes(content)
+    assert thrust.load_checkpoint(path.parent)
+
+
+def test_mutations_with_a_digest_that_matches_are_data_or_one_sentence(saved):
+    (path, content), rng, refused = saved, random.Random(1), 0
+    for _ in range(300):
+        forge(path, mutated(content[:-32], rng))
+        try:
+            thrust.load(path.parent)
+            thrust.write_page(path.parent)
+        except (ValueError, RuntimeError) as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 50 < refused < 300
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def bomb():
+    """An archive of a few kilobytes that declares a hundred megabytes."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02]" + b"K\x00a" * 33_000_000 + b".")
+        archive.writestr("archive/version", b"3\n")
+    return memory.getvalue()
+
+
+def older(path):
+    """A checkpoint as torch saved it, without a digest."""
+    torch.save({"format": 2, "config": {}, "ranks": []}, path)
+
+
+@pytest.mark.parametrize(
+    ("put", "sentence"),
+    [
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_bytes(b"not a checkpoint"), "damaged"),
+        (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(1000)), "damaged"),
+        (lambda path: path.write_bytes(random.Random(0).randbytes(20_000)), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "damaged"),
+        (older, "damaged, or of another version of Thrust"),
+        (lambda path: path.unlink(), "holds no checkpoint.pt"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "holds no checkpoint.pt"),
+        (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "holds no checkpoint.pt"),
+        (lambda path: forge(path, b""), "File is not a zip file"),
+        (lambda path: forge(path, pickle.dumps({"format": 3})), "File is not a zip file"),
+        (lambda path: forge(path, bomb()), "it would unpack to more than its own size"),
+        (lambda path: forge(path, {"format": 99}), "its format is 99, and not 3"),
+        (lambda path: forge(path, {"format": 3, "evil": Evil()}), "Weights only load failed"),
+        (lambda path: forge(path, [1, 2]), "list indices must be integers"),
+    ],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_one_sentence_and_not_run(put, sentence, saved, capsys):
+    path, _ = saved
+    put(path)
+    for flag in ("--resume", "--evaluate", "--watch"):
+        capsys.readouterr()
+        assert thrust.main([flag, str(path.parent)]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("thrust: ") and err.count("\n") == 1
+        assert sentence in err
+    assert not pathlib.Path("executed").exists()
+
+
+def at(*keys):
+    """Something that replaces what is at these keys by what a function makes of it."""
+
+    def replace(content, function):
+        for key in keys[:-1]:
+            content = content[key]
+        if function is None:
+            del content[keys[-1]]
+        else:
+            content[keys[-1]] = function(content[keys[-1]])
+
+    return replace
+
+
+STATE = "ranks", 0
+TENSORS = *STATE, "tensors"
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "named"),
+    [
+        (at("config", "gamma"), lambda _: 2.0, "gamma = 2.0 is not allowed"),
+        (at("config"), lambda c: {**c, "speed": 1}, "unexpected keyword argument 'speed'"),
+        (at("config"), lambda _: None, "must be a mapping, not NoneType"),
+        (at("config"), None, "config"),
+        (at("config", "hidden"), lambda _: (5,), "tensors.weights"),
+        (at("config", "num_envs"), lambda _: 3, "tensors.obs"),
+        (at("config", "env"), lambda _: "test_thrust:Stateless", "tensors.weights"),
+        (at("ranks"), lambda _: [], "ranks"),
+        (at("ranks"), lambda ranks: ranks * 2, "was trained by 2 ranks, and not 1"),
+        (at(*STATE), lambda _: 7, "ranks"),
+        (at(*STATE, "tensors"), None, "ranks"),
+        (at(*STATE, "update"), lambda _: 1.5, "update"),
+        (at(*STATE, "rows"), lambda rows: [{**rows[0], "seconds": "3"}], "rows.seconds"),
+        (at(*STATE, "rows", 0, "steps"), None, "rows"),
+        (at(*STATE, "recent"), lambda _: [1.0], "recent"),
+        (at(*STATE, "snapshots", 0, "weights"), None, "snapshots"),
+        (at(*STATE, "snapshots", 0, "weights"), lambda w: w[:-1], "snapshots.weights"),
+        (at(*TENSORS, "weights"), lambda w: w[:-1], "tensors.weights"),
+        (at(*TENSORS, "weights"), lambda w: w[:1], "tensors.weights"),
+        (at(*TENSORS, "weights"), lambda w: w.double(), "tensors.weights"),
+        (at(*TENSORS, "adam_mean"), lambda m: m[:1], "tensors.adam_mean"),
+        (at(*TENSORS, "adam_square"), None, "tensors"),
+        (at(*TENSORS, "obs"), lambda obs: obs[:1], "tensors.obs"),
+        (at(*STATE, "generators", "actions"), lambda g: g[:-1], "generators.actions"),
+        (at(*STATE, "envs", "seed"), lambda seed: seed.float(), "envs.seed"),
+        (at(*STATE, "envs"), lambda _: {}, "envs"),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_and_the_field_named(
+    place, change, named, saved, capsys
+):
+    path, _ = saved
+    content = torch.load(path, weights_only=True)
+    forge(path, content)
+    assert thrust.main(["--resume", str(path.parent)]) == 0
+    place(content, change)
+    forge(path, content)
+    capsys.readouterr()
+    assert thrust.main(["--resume", str(path.parent)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("thrust: ") and named in err and err.count("\n") == 1
+
+
+# --- NaN and infinity
+
+
+class Broken(thrust.CartPole):
+    """Returns, from its 40th step on, what a bug or a sensor may return."""
+
+    obs = reward = None
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs, max_episode_steps=7)
+        self.count = 0
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = super().step(actions)
+        self.count += 1
+        if self.count > 40:
+            if self.obs is not None:
+                obs[0, 1] = self.obs
+            if self.reward is not None:
+                reward = np.full(self.num_envs, self.reward)
+        return obs, reward, terminated, truncated, info
+
+
+class NanObs(Broken):
+    obs = np.nan
+
+
+class InfiniteObs(Broken):
+    obs = -np.inf
+
+
+class NanReward(Broken):
+    reward = np.nan
+
+
+class HugeReward(Broken):
+    reward = 1e39  # finite, but not in float32
+
+
+class LargeReward(Broken):
+    reward = 1e25  # finite, but not its square
+
+
+@pytest.mark.parametrize(
+    ("knobs", "update", "quantity"),
+    [
+        ({"env": "test_thrust:NanObs"}, 3, "obs"),
+        ({"env": "test_thrust:InfiniteObs"}, 3, "obs"),
+        ({"env": "test_thrust:NanObs", "norm_obs": True}, 3, "obs"),
+        ({"env": "test_thrust:NanReward"}, 3, "reward"),
+        ({"env": "test_thrust:NanReward", "norm_reward": True}, 3, "reward"),
+        ({"env": "test_thrust:HugeReward"}, 3, "reward"),
+        ({"env": "test_thrust:LargeReward"}, 3, "value_loss"),
+        ({"learning_rate": 1e30}, 1, "policy_loss"),
+        ({"learning_rate": 1e300, "epochs": 1, "minibatch_size": 128}, 1, "weights"),
+        ({"vf_coef": 1e300}, 1, "policy_loss"),
+    ],
+)
+def test_nan_and_infinity_end_training_at_the_last_good_update(
+    knobs, update, quantity, in_tmp, capsys
+):
+    config = small(**knobs)
+    with pytest.raises((RuntimeError, ValueError)) as stopped:
+        thrust.train(config)
+    message = str(stopped.value)
+    assert "\n" not in message and quantity in message and re.search("NaN|finite", message)
+    if message.startswith("update"):  # the pool may have found it before
+        assert message.startswith(f"update {update}: {quantity} is NaN or infinite")
+        assert "learning rate" in message and "--norm-reward" in message
+    _, (state,) = thrust.load_checkpoint(next((in_tmp / "runs").iterdir()))
+    assert state["update"] == len(state["rows"]) == update - 1
+    assert all(torch.isfinite(tensor).all() for tensor in state["tensors"].values())
+    assert f"stopped after update {update - 1} of 6" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_nan_is_told_with_its_update_on_one_line(in_tmp, capsys, monkeypatch):
+    original, calls = thrust.ppo_loss, itertools.count()
+
+    def poisoned(*arguments):
+        loss, stats = original(*arguments)
+        return (loss * math.nan if next(calls) == 8 * 3 + 2 else loss), stats
+
+    monkeypatch.setattr(thrust, "ppo_loss", poisoned)
+    assert thrust.main(flags_of(small())) == 1
+    assert capsys.readouterr().err.startswith("thrust: update 4: policy_loss is NaN")
+    assert thrust.load_checkpoint("runs/CartPole-0")[1][0]["update"] == 3
+
+
+NO_SIZES = [0, -1, 2.0, "8", None, 10**12, 10**30, math.nan]
+NO_REALS = [math.inf, -math.inf, math.nan, -1.0, "x", 10**400]
+TINY = [5e-324, 1e-300, 1e-8, np.float32(0.25)]
+HUGE = [1, 1e30, 1e307]
+KNOBS = {  # values that should do, and values that cannot be
+    "env": (["test_thrust:TwoChoices", "test_thrust:Stateless"], ["", 3, "no:where", "a\0b"]),
+    "seed": ([1, 10**18, 2**64], [10**300, 10**5000, -1, 0.5]),
+    "num_envs": ([1, 2, 5], NO_SIZES),
+    "num_steps": ([1, 2, 9], NO_SIZES),
+    "minibatch_size": ([1, 3, 4], NO_SIZES),
+    "epochs": ([2, 3], [0, -1, 1.5]),
+    "learning_rate": (TINY + HUGE, [0.0, *NO_REALS]),
+    "anneal": ([False], [None, 1]),
+    "gamma": ([0.0, *TINY, 1 - 1e-16, 1.0], [1.01, *NO_REALS]),
+    "gae_lambda": ([0.0, *TINY, 1 - 1e-16, 1.0], [1.01, *NO_REALS]),
+    "clip": ([*TINY, 1 - 1e-16], [0.0, 1.0, *NO_REALS]),
+    "ent_coef": ([0.0, *TINY, *HUGE], NO_REALS),
+    "vf_coef": ([0.0, *TINY, *HUGE], NO_REALS),
+    "max_grad_norm": (TINY + HUGE, [0.0, *NO_REALS]),
+    "target_kl": ([*TINY, *HUGE, None], [0.0, *NO_REALS]),
+    "norm_obs": ([True], [2]),
+    "norm_reward": ([True], ["yes"]),
+    "hidden": ([(), (1,), [3, 2], (2,) * 20, (64,)], [(10**9,), (0,), "64", 5, (1.5,), None]),
+    "workers": ([0], [10**6, -1, 0.5]),
+    "device": (["cpu"], ["meta", "nonsense", "", 0]),
+    "threads": ([2], NO_SIZES),
+    "checkpoint_every": ([1, 10**30], [0]),
+    "eval_episodes": ([2], NO_SIZES),
+}
+
+
+def test_any_setting_trains_to_finite_numbers_or_ends_in_one_sentence(
+    in_tmp, capsys, monkeypatch
+):
+    monkeypatch.setattr(thrust, "write_page", lambda run: run)  # for time, as is the next
+    monkeypatch.setattr(thrust.os, "fsync", lambda _: None)
+    rng, outcomes = random.Random(0), {"trained": 0, "refused": 0, "stopped": 0}
+    count = 1000 if os.environ.get("THRUST_SLOW_TESTS") == "1" else 150
+    for _ in range(count):
+        knobs = {"num_envs": 4, "num_steps": 4, "minibatch_size": 8, "epochs": 1,
+                 "eval_episodes": 1, "hidden": (8,)}  # fmt: skip
+        for name in rng.sample(list(KNOBS), rng.randint(1, 6)):
+            knobs[name] = rng.choice(KNOBS[name][rng.random() < 0.1])
+        sizes = [knobs["num_envs"], knobs["num_steps"]]
+        whole = all(type(size) is int for size in sizes)
+        knobs["total_steps"] = math.prod(sizes) * rng.choice([1, 2, 3]) if whole else 48
+        outcome = "refused"
+        try:
+            config = thrust.Config(**knobs)
+            outcome = "stopped"
+            result = thrust.train(config)
+            outcome = "trained"
+            assert all(p.isfinite().all() for p in result.policy.parameters()), knobs
+            losses = [(row["policy_loss"], row["grad_norm"]) for row in result.rows]
+            assert np.isfinite(losses).all(), knobs
+        except (ValueError, RuntimeError, OSError, MemoryError, TypeError) as error:
+            assert str(error) and "\n" not in str(error), (knobs, error)
+            if outcome == "stopped" and not isinstance(error, (ValueError, OSError)):
+                assert re.search("is NaN or infinite", str(error)), (knobs, error)
+        outcomes[outcome] += 1
+        capsys.readouterr()
+        shutil.rmtree("runs", ignore_errors=True)
+    assert min(outcomes.values()) > count / 20, outcomes
+
+
+# --- nothing is left behind
+
+
+def resources():
+    """What this process holds: resident bytes, open files, threads, child processes."""
+    gc.collect()
+    status = pathlib.Path("/proc/self/status").read_text()
+    resident = int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+    threads = os.listdir("/proc/self/task")
+    children = [pathlib.Path(f"/proc/self/task/{t}/children").read_text() for t in threads]
+    return (
+        resident,
+        len(os.listdir("/proc/self/fd")),
+        len(threads),
+        len(" ".join(children).split()),
+    )
+
+
+@slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_many_steps_and_many_pools_leave_nothing_behind():
+    steps = int(os.environ.get("THRUST_SOAK_STEPS", "500_000"))
+    pools = int(os.environ.get("THRUST_SOAK_POOLS", "20"))
+    actions = np.random.default_rng(0).integers(0, 2, (64, 1024))
+
+    def play(steps):
+        with thrust.EnvPool(thrust.CartPole, 1024, 2) as pool:
+            pool.reset(seed=0)
+            for t in range(steps // 1024):
+                if t == 16:
+                    warm = resources()
+                pool.step(actions[t % 64])
+            return warm, resources()
+
+    def open_and_close(pools):
+        for _ in range(pools):
+            with thrust.EnvPool(thrust.CartPole, 4, 2) as pool:
+                pool.reset(seed=0)
+        return resources()
+
+    play(32 * 1024)  # starts the server from which workers are forked, once for all pools
+    (memory, *warm), (memory_after, *others) = play(steps)
+    assert others == warm and memory_after - memory < 2**20
+    # Python keeps a few small blocks of shared memory, to use them again.
+    (memory, *warm), (memory_after, *others) = open_and_close(10), open_and_close(pools)
+    assert others == warm and memory_after - memory < 2**20 + 2**14 * pools
+
+
+@pytest.mark.parametrize("knobs", [{}, {"learning_rate": 1e30}], ids=["done", "stopped"])
+def test_training_leaves_the_process_as_it_found_it(knobs, in_tmp):
+    def found():
+        return (
+            random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist(),
+            torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+            list(warnings.filters), np.geterr(), os.getcwd(), dict(os.environ), sys.path[:],
+            signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+        )  # fmt: skip
+
+    before, threads = found(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with contextlib.nullcontext() if not knobs else pytest.raises(RuntimeError):
+            thrust.train(small(**knobs))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert found() == before
 
 
 if __name__ == "__main__":
