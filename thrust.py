@@ -1642,17 +1642,14 @@ class Learner:
         return stats
 
     def require_finite(self, quantities: dict[str, Any]) -> None:
-        """RuntimeError if one of them is NaN or infinite: nothing can be learned from then on.
-        One look per rollout and one per update will do, as neither ever becomes finite again.
-        """
+        """RuntimeError if one is NaN or infinite. One look per rollout and one per update will
+        do, because neither goes away again, and the state before this update is kept."""
+        rate = f"a learning rate that is too large (it is {self.config.learning_rate:g})"
+        others = "huge rewards (--norm-reward scales them), or an environment that returned it"
         for name, value in quantities.items():
             if not torch.as_tensor(value).isfinite().all():
-                raise RuntimeError(
-                    f"update {self.update + 1}: {name} is NaN or infinite; usual causes are a "
-                    f"learning rate that is too large (it is {self.config.learning_rate:g}), "
-                    "rewards of huge size (--norm-reward scales them) and an environment that "
-                    "returned it"
-                )
+                what = f"update {self.update + 1}: {name} is NaN or infinite"
+                raise RuntimeError(f"{what}; usual causes are {rate}, {others}")
 
     def keep_snapshot(self) -> None:
         """Copies the policy at eight moments, first and last included. CartPole's, because the
@@ -1740,8 +1737,7 @@ def save_checkpoint(run: pathlib.Path | None, config: Config, state: dict[str, A
     saved = {"format": CHECKPOINT_FORMAT, "config": dataclasses.asdict(config)}
     saved["ranks"] = of_all_ranks(state)
     if run is not None:
-        memory = io.BytesIO()
-        torch.save(saved, memory)
+        torch.save(saved, memory := io.BytesIO())
         content = memory.getvalue()
         replace(run / "checkpoint.pt", content + hashlib.sha256(content).digest())
 
@@ -1752,15 +1748,13 @@ def require_kind(kind: Any, value: Any, name: str) -> None:
     fits = isinstance(value, kind if isinstance(kind, (type, tuple)) else type(kind))
     if fits and isinstance(kind, torch.Tensor):
         fits = (value.dtype, value.shape) == (kind.dtype, kind.shape)
-    elif fits and isinstance(kind, dict):
-        fits = kind.keys() <= value.keys()
     if not fits:
-        raise ValueError(f"{name} is not of the kind and size that this run needs")
+        raise ValueError(f"the checkpoint's {name} is not of the kind that this run needs")
     if isinstance(kind, dict):
         for key in kind:
-            require_kind(kind[key], value[key], f"{name}.{key}")
-    elif isinstance(kind, list) and kind:
-        for item in value:
+            require_kind(kind[key], value.get(key), f"{name}.{key}")
+    if isinstance(kind, list):
+        for item in value if kind else []:
             require_kind(kind[0], item, name)
 
 
@@ -1768,7 +1762,7 @@ def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, list[dict[str, Any
     """A run's config, and the state of each rank's Learner, exactly as they were saved. Raises
     ValueError for anything else; code hidden in it is not run."""
     path = pathlib.Path(run, "checkpoint.pt")
-    if not path.is_file():
+    if not path.is_file():  # nor a pipe, which could be waited for without end
         raise ValueError(f"{run} holds no checkpoint.pt: give the folder of a run")
     try:
         whole = path.read_bytes()
@@ -1809,13 +1803,12 @@ def load(run: str | pathlib.Path) -> ActorCritic:
     with contextlib.closing(MakeEnv(config.env)(1)) as env:
         spaces = env.single_observation_space, env.single_action_space
     policy = ActorCritic(*spaces, config.hidden, torch.Generator())
-    tensors, weights = ranks[0]["tensors"], nn.utils.parameters_to_vector(policy.parameters())
-    require_kind({"weights": weights}, tensors, "tensors")
+    normalizer, tensors = Normalizer(math.prod(spaces[0].shape)), ranks[0]["tensors"]
+    weights = nn.utils.parameters_to_vector(policy.parameters())
+    require_kind({"weights": weights, "obs_sums": normalizer.sums}, tensors, "tensors")
     nn.utils.vector_to_parameters(tensors["weights"], policy.parameters())
-    if config.norm_obs:
-        policy.normalizer = Normalizer(math.prod(spaces[0].shape))
-        require_kind({"obs_sums": policy.normalizer.sums}, tensors, "tensors")
-        policy.normalizer.sums = tensors["obs_sums"]
+    normalizer.sums = tensors["obs_sums"]
+    policy.normalizer = normalizer if config.norm_obs else None
     return policy
 
 
@@ -1838,12 +1831,10 @@ class Report:
         self.began = self.printed = time.perf_counter()
         rows = learner.rows
         self.done_before, self.seconds_before = len(rows), rows[-1]["seconds"] if rows else 0.0
-        self.failed: dict[str, OSError] = {}
-        self.warning = (
-            "thrust: {} cannot be written: {}; training goes on, to try again later\n"
-        )
+        self.failed: set[str] = set()
+        self.warned = False
         # A killed run may have logged more than it had saved: the log begins again from `rows`.
-        self.logged = self.log_size = 0  # rows, and bytes
+        self.logged = self.log_size = 0  # lines and bytes of it that are whole
         self.write_log()
         size = f"{updates} updates of {learner.config.batch_size * world_size()} steps"
         self.say(f"training {learner.config.env}: {size}; everything is kept in {run}")
@@ -1861,31 +1852,30 @@ class Report:
             self.attempt("the output", lambda: print(line, end=end, flush=True))
 
     def write_log(self) -> None:
-        """Appends the rows that log.csv lacks, at its end, or where a failed write began."""
-        if self.run is None:
-            return
-        mode, rows = "r+" if self.log_size else "w", self.learner.rows
-        with open(self.run / "log.csv", mode, newline="", encoding="utf-8") as file:
-            file.seek(self.log_size)
-            file.truncate()
-            log = csv.DictWriter(file, COLUMNS)
-            if not self.log_size:
-                log.writeheader()
-            log.writerows(rows[self.logged :])
-            file.flush()
-            self.logged, self.log_size = len(rows), file.tell()
+        """Appends to log.csv what it lacks, from where it was last whole: a write that failed
+        may have left half a row."""
+        if self.run:
+            path, mode = self.run / "log.csv", "r+" if self.logged else "w"
+            with open(path, mode, newline="", encoding="utf-8") as file:
+                header: Any = dict(zip(COLUMNS, COLUMNS))
+                lines = [header, *self.learner.rows]
+                file.truncate(file.seek(self.log_size))
+                csv.DictWriter(file, COLUMNS).writerows(lines[self.logged :])
+                self.log_size, self.logged = file.tell(), len(lines)
 
     def attempt(self, name: str, write: Any, *arguments: Any) -> None:
         """Calls `write`. Where that fails, as on a full disk, training goes on, and the first
-        time a warning says so; `failed` tells what has not been written since either."""
+        time a warning says so; `failed` names what has not been written since either."""
         try:
             write(*arguments)
-            self.failed.pop(name, None)
+            self.failed.discard(name)
         except OSError as error:
-            self.failed[name] = error
-            warning, self.warning = self.warning, ""
-            with contextlib.suppress(OSError):  # where that cannot be written either
-                print(warning.format(name, error), end="", file=sys.stderr, flush=True)
+            self.failed.add(name)
+            if not self.warned:
+                what = f"thrust: {name} cannot be written: {error}"
+                with contextlib.suppress(OSError):  # nor, perhaps, can the warning
+                    print(f"{what}; training goes on, to try again later", file=sys.stderr)
+            self.warned = True
 
     def save(self, state: dict[str, Any]) -> None:
         """`save_checkpoint`, which may fail."""
@@ -1950,8 +1940,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
     """
     with contextlib.ExitStack() as stack:
         rank = stack.enter_context(torch_ready(config))
-        # NumPy would only warn of NaN and infinity, which the learner looks for.
-        stack.enter_context(np.errstate(all="ignore"))
+        stack.enter_context(np.errstate(all="ignore"))  # the learner looks for NaN itself
         updates = config.num_updates // world_size()
         if updates == 0:
             raise ValueError("total_steps is less than one rollout of all ranks together")
@@ -1997,8 +1986,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
         report.say(str(evaluation))
         report.say(f"weights: {weights_hash(learner.policy)}")
         if report.failed:
-            reasons = [f"{name} ({error})" for name, error in report.failed.items()]
-            raise OSError(f"{run} lacks what could not be written: {', '.join(reasons)}")
+            raise OSError(f"{run}: could not write {' and '.join(sorted(report.failed))}")
         return Result(learner.policy, learner.rows, evaluation, run)
 
 
