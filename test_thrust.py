@@ -36,9 +36,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -707,6 +710,445 @@ def gymnasium_cartpole(num_envs):
         [lambda: gym.make("CartPole-v1")] * num_envs,
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
     )
+
+
+# --- nothing hangs, nothing is lost, nothing is left behind
+#
+# Each test below starts a program in a process group and a temporary folder of its own, and
+# ends with the same checks (Program.end). A program may run through a table of cases.
+
+SLOW = pytest.mark.skipif(
+    not os.environ.get("THRUST_SLOW_TESTS"),
+    reason="takes long, or kills processes: set THRUST_SLOW_TESTS=1",
+)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and /dev/shm")
+PREAMBLE = f"""
+import gc, multiprocessing, os, random, signal, sys, threading, time
+multiprocessing.current_process()._config["semprefix"] = "/mp" + os.environ["THRUST_CASE"]
+sys.path[:0] = [{str(SOURCE.parent)!r}, {os.path.dirname(os.path.abspath(__file__))!r}]
+import thrust
+"""
+
+
+class Program:
+    """A Python program that is running; `text` may be its guarded part alone."""
+
+    def __init__(self, folder, text, *arguments, guard=True, stdin=False):
+        folder = pathlib.Path(folder, os.urandom(4).hex())
+        folder.mkdir()
+        self.folder, self.mark = folder, folder.name
+        self.temporary = pathlib.Path(tempfile.mkdtemp())  # short: a socket's path must be
+        if guard:
+            text = 'if __name__ == "__main__":\n' + textwrap.indent(text, "    ")
+        path = folder / "program.py"
+        path.write_text(PREAMBLE + text)
+        with open(path) as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-" if stdin else path, *map(str, arguments)],
+                stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                start_new_session=True, cwd=folder,
+                env={**os.environ, "TMPDIR": str(self.temporary), "THRUST_CASE": self.mark},
+            )  # fmt: skip
+
+    def left(self):
+        """What there is of it: processes, files in shared memory and the temporary folder."""
+        found = [
+            f for f in os.listdir("/dev/shm") if self.mark in f or str(self.process.pid) in f
+        ]
+        for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                if state != "Z" and int(group) == self.process.pid:
+                    found.append(stat.with_name("cmdline").read_text())
+        return found + [path.name for path in self.temporary.iterdir()]
+
+    def end(self, code, expected="", seconds=60, leaves=()):
+        """Waits for it, checks exit code, stderr and that nothing is left; returns stdout."""
+        try:
+            out, err = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            left = self.left()
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(
+                f"{left} after {seconds} s: {self.process.communicate()}"
+            ) from None
+        assert self.process.returncode == code, (self.process.returncode, out, err)
+        assert re.fullmatch(expected, err.strip(), re.DOTALL), err
+        deadline = time.monotonic() + 5
+        while left := [f for f in self.left() if not f.startswith(tuple(leaves))]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.01)
+        shutil.rmtree(self.temporary)
+        return out
+
+
+def uncaught(message):
+    """What Python prints for an exception that nobody catches: one traceback, one message."""
+    return rf"Traceback \(most recent call last\):\n(?:  .*\n)+{message}"
+
+
+class Unpicklable(Exception):
+    def __init__(self):
+        super().__init__("mine")
+        self.cannot = lambda: None
+
+
+def fail(deed):
+    if deed == "raise":
+        raise KeyError("door")
+    if deed == "raise what cannot be pickled":
+        raise Unpicklable
+    if deed == "print and raise":
+        print("dying words", file=sys.stderr, flush=True)
+        raise OSError(28, "no space left")
+    if deed == "sys.exit":
+        sys.exit(3)
+    if deed == "os._exit":
+        os._exit(3)
+    if deed == "hang":
+        while True:
+            time.sleep(0.01)
+    os.kill(os.getpid(), getattr(signal, deed))
+    time.sleep(0.01)  # a signal to oneself may take a moment
+
+
+class Fails(NamedTuple):
+    """A make_env whose environments fail at a moment, in worker 1 or without workers."""
+
+    moment: str
+    deed: str
+
+    def __call__(self, num_envs):
+        env = thrust.CartPole(num_envs)
+        name = mp.current_process().name
+        if name.startswith("worker 1") or (name == "MainProcess" and num_envs > 1):
+            if self.moment == "build":
+                fail(self.deed)
+            original = getattr(env, self.moment)
+            calls = itertools.count(1)
+
+            def method(*arguments, **options):
+                result = original(*arguments, **options)
+                if self.moment != "step" or next(calls) == 3:
+                    fail(self.deed)
+                return result
+
+            setattr(env, self.moment, method)
+        return env
+
+
+# What is said of each deed, and the exit code that is told with it. (A worker that raised may
+# have ended by then, or not.)
+PLACE = r"\(test_thrust.py, line \d+\)\nTraceback .*"
+SAID = {
+    "raise": (f"raised while DOING: KeyError: 'door' {PLACE}", (None, 1)),
+    "raise what cannot be pickled": (
+        f"raised while DOING: Unpicklable: mine {PLACE}",
+        (None, 1),
+    ),
+    "print and raise": (f"raised while DOING: OSError: .* no space left {PLACE}", (None, 1)),
+    "sys.exit": (f"raised while DOING: SystemExit: 3 {PLACE}", (None, 1)),
+    "os._exit": ("died with exit code 3 while DOING", (3,)),
+    "SIGKILL": ("died with exit code -9 while DOING", (-9,)),
+    "SIGSTOP": ("was still DOING after 0.6 s", (None,)),
+    "hang": ("was still DOING after 0.6 s", (None,)),
+}
+DOING = {"build": "starting", "reset": "resetting", "step": "stepping"}
+OUTSIDE = {  # moments at which a worker is signalled from outside, by the learner
+    "computing": "resetting",
+    "sent": "(stepping|resetting)",  # it may have stepped before the signal arrived
+    "closing": None,
+}
+
+
+def play(pool):
+    pool.reset(seed=0)
+    for _ in range(4):
+        pool.step(np.zeros(4, int))
+
+
+def worker_fails(method, deed, moment):
+    """One case: worker 1 of 2 does the deed, and the pool says so, is closed, and stays so."""
+    pool, said = None, None
+    try:
+        make_env = thrust.CartPole if moment in OUTSIDE else Fails(moment, deed)
+        pool = thrust.EnvPool(make_env, 4, 2, start_method=method, timeout=0.6)
+        play(pool)
+        if moment == "sent":
+            pool.send(np.zeros(4, int))
+        if moment in OUTSIDE:
+            os.kill(pool.pids[1], getattr(signal, deed))
+        if moment == "sent":
+            pool.recv()
+        if moment not in ("close", "closing"):
+            play(pool)
+    except thrust.WorkerError as error:
+        said = error
+        for call in (play, thrust.EnvPool.state) if pool else ():
+            with pytest.raises(RuntimeError, match="this pool is closed"):
+                call(pool)
+    if pool:
+        pool.close(0.3)
+        pool.close()
+    case = f"{deed} at {moment} with {method}"
+    assert not mp.active_children(), case
+    doing = {**DOING, **OUTSIDE}.get(moment)
+    assert bool(said) == bool(doing), case
+    if said:
+        sentence, exitcodes = SAID[deed]
+        sentence = r"worker 1 \(environments 2 to 3\) " + sentence.replace("DOING", doing)
+        assert re.fullmatch(sentence, str(said), re.DOTALL), (case, str(said))
+        assert said.worker == 1 and said.exitcode in exitcodes, case
+
+
+def each_worker_fails(method, *moments):
+    for moment in moments:
+        for deed in SAID:
+            waits = moment == "build" and deed in ("hang", "SIGSTOP")  # for a minute
+            if not waits and (moment not in OUTSIDE or deed in ("SIGKILL", "SIGSTOP")):
+                worker_fails(method, deed, moment)
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize(
+    ("method", "moments"),
+    [
+        ("fork", ("build", "reset", "step", "close", *OUTSIDE)),
+        ("forkserver", ("step",)),
+        ("spawn", ("step",)),
+    ],
+)
+def test_whatever_a_worker_does_is_one_error_that_names_it(method, moments, tmp_path):
+    text = f"import test_thrust\ntest_thrust.each_worker_fails({method!r}, *{moments})"
+    Program(tmp_path, text).end(0, "(dying words\n?)*", 120)
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("doing", ["waiting", "stepping"])
+def test_workers_follow_a_learner_that_is_killed_within_two_seconds(method, doing, tmp_path):
+    text = (
+        f"import test_thrust\n"
+        f"make_env = test_thrust.Fails('step', 'hang')\n"
+        f"pool = thrust.EnvPool(make_env, 4, 2, start_method={method!r})\n"
+        f"pool.reset(seed=0)\n"
+        f"for _ in range(2): pool.step([0] * 4)\n"
+        f"if {doing == 'stepping'}: pool.send([0] * 4)\n"
+        f"print(*pool.pids, flush=True)\n"
+        f"time.sleep(100)"
+    )
+    program = Program(tmp_path, text)
+    pids = [int(word) for word in program.process.stdout.readline().split()]
+    program.process.kill()
+    assert len(pids) == 2 and all(map(gone, pids))
+    # Python's own tracker of resources unlinks the semaphores then, and says that it had to.
+    leaves = () if method == "fork" else ("pymp-",)
+    program.end(-signal.SIGKILL, "(.*leaked semaphore objects.*)?", leaves=leaves)
+
+
+class Breaks(NamedTuple):
+    """A make_env whose environments break the contract in worker 1, or without workers."""
+
+    rule: str
+
+    def __call__(self, num_envs):
+        env = thrust.CartPole(num_envs)
+        name = mp.current_process().name
+        if not name.startswith("worker 1") and (name != "MainProcess" or num_envs == 1):
+            return env
+        if self.rule == "next-step reset":
+            env.metadata = {"autoreset_mode": "NextStep"}
+        elif self.rule == "fewer environments":
+            env = thrust.CartPole(num_envs - 1)
+        elif self.rule == "another observation space":
+            env.single_observation_space = thrust.Box(-np.ones(3), np.ones(3), (3,))
+        elif self.rule == "another action space":
+            env.single_action_space = thrust.Discrete(3)
+        env.reset, env.step = self.of(env.reset), self.of(env.step)
+        return env
+
+    def of(self, original):
+        def method(*arguments, **options):
+            obs, *others, info = original(*arguments, **options)
+            obs, n = obs.copy(), len(obs)
+            if others:
+                reward, terminated, truncated = (array.copy() for array in others)
+                if self.rule == "reward's shape":
+                    reward = reward[:, None]
+                elif self.rule == "reward's dtype":
+                    reward = reward.astype(object)
+                elif self.rule == "NaN reward":
+                    reward[-1] = np.nan
+                elif self.rule == "infinite observation":
+                    obs[-1, 2] = np.inf
+                elif self.rule == "obs' dtype":
+                    obs = obs.astype(float)
+                elif self.rule == "terminated's dtype":
+                    terminated = terminated.astype(int)
+                elif self.rule == "truncated's shape":
+                    truncated = truncated[0]
+                elif self.rule.startswith("final_obs"):
+                    truncated[-1] = True
+                    info = {"final_obs": np.full(obs.shape, np.nan, np.float32)}
+                    info["final_obs"][terminated] = 0
+                    if self.rule == "final_obs missing":
+                        info = {}
+                    elif self.rule == "final_obs' shape":
+                        info = {"final_obs": obs[:, :1]}
+                    elif self.rule == "final_obs objects' shape":
+                        info = {"final_obs": np.array([None] * n)}
+                        for i in np.flatnonzero(terminated | truncated):
+                            info["final_obs"][i] = np.zeros(1, np.float32)
+                    elif self.rule == "final_obs None":
+                        info = {"final_obs": np.array([None] * n)}
+                others = [reward, terminated, truncated]
+            elif self.rule == "NaN observation":
+                obs[-1, 2] = np.nan
+            elif self.rule == "obs' shape":
+                obs = obs[:, :3]
+            elif self.rule == "too few rows":
+                obs = obs[:-1]
+            return obs, *others, info
+
+        return method
+
+
+# What is said of each; n is the number of environments that the one who says it has.
+BREACHES = {
+    "next-step reset": "CartPole does not begin a new episode in the step that ends one .*",
+    "fewer environments": r"make_env\(n\) made \d environments",
+    "another observation space": r"single_observation_space must be as elsewhere, "
+    r"Box shape \(4,\) .*, and is Box shape \(3,\) .*",
+    "another action space": "single_action_space must be as elsewhere, "
+    "Discrete .* n 2 .*, and is Discrete .* n 3 .*",
+    "obs' shape": r"obs must be float32 \(n, 4\), and the environment's is float32 \(n, 3\)",
+    "too few rows": r"obs must be float32 \(n, 4\), and the environment's is float32 \(\d, 4\)",
+    "obs' dtype": r"obs must be float32 \(n, 4\), and the environment's is float64 \(n, 4\)",
+    "NaN observation": r"obs must be finite, and in row \d it is \[.* nan .*\]",
+    "infinite observation": r"obs must be finite, and in row \d it is \[.* inf .*\]",
+    "reward's shape": r"reward must be float64 \(n,\), and .* is float64 \(n, 1\)",
+    "reward's dtype": r"reward must be float64 \(n,\), and the environment's is object \(n,\)",
+    "NaN reward": r"reward must be finite, and in row \d it is nan",
+    "terminated's dtype": r"terminated must be bool \(n,\), and the environment's is int64 .*",
+    "truncated's shape": r"truncated must be bool \(n,\), and the environment's is bool \(\)",
+    "final_obs missing": "info must have final_obs where episodes end, and has none",
+    "final_obs' shape": r"final_obs must be float32 \(n, 4\), and .* is float32 \(n, 1\)",
+    "final_obs objects' shape": r"final_obs must be float32 \(n, 4\), and .* \(n, 1\)",
+    "final_obs None": r"final_obs must be float32 \(n, 4\), and .* is object \(n,\)",
+    "final_obs NaN": r"final_obs must be finite, and in row \d it is \[nan nan nan nan\]",
+}
+
+
+def each_breach_is_named(method, rules):
+    """With workers, or in this process if there is no method."""
+    for rule in rules:
+        sentence = BREACHES[rule]
+        workers, n = (2, 2) if method else (0, 4)
+        error = thrust.WorkerError if method else ValueError
+        if method:
+            sentence = rf"worker 1 .* raised while \w+: ValueError: {sentence} \(thrust.py, .*"
+        with (
+            pytest.raises(error) as failure,
+            thrust.EnvPool(Breaks(rule), 4, workers, start_method=method) as pool,
+        ):
+            play(pool)
+        sentence = sentence.replace(r"\(n", rf"\({n}")
+        assert re.fullmatch(sentence, str(failure.value), re.DOTALL), (rule, str(failure.value))
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("method", "rules"),
+    [(None, [*BREACHES]), ("fork", [*BREACHES]), ("forkserver", [*BREACHES][::6])],
+)
+def test_environments_that_break_the_contract_are_named(method, rules, tmp_path):
+    text = f"import test_thrust\ntest_thrust.each_breach_is_named({method!r}, {rules})"
+    Program(tmp_path, text).end(0, "", 120)
+
+
+POOL = "pool = thrust.EnvPool(thrust.CartPole, 4, {workers}, start_method={method!r})\n"
+STOPPED = "pool.reset()\nos.kill(pool.pids[1], signal.SIGSTOP)\n"
+SENT = "pool.reset()\npool.send([0] * 4)\n"
+MINE = uncaught("KeyError: 'mine'")
+ENDINGS = {  # what a program does with POOL, its exit code, and its stderr
+    "forgotten": ("del pool\nassert not multiprocessing.active_children()", 0, ""),
+    "never closed": ("pool.reset()", 0, ""),
+    "in the middle of a step": (SENT, 0, ""),
+    "sys.exit": (SENT + "sys.exit(5)", 5, ""),
+    "sys.exit with a stopped worker": (STOPPED + "sys.exit(5)", 5, ""),
+    "forgotten with a stopped worker": (STOPPED + "del pool", 0, ""),
+    "an exception after send": (SENT + "raise KeyError('mine')", 1, MINE),
+    "an exception in a with block": ("with pool: raise KeyError('mine')", 1, MINE),
+    "an exception after send in a with block": (
+        "with pool: pool.reset(), pool.send([0] * 4), {}['mine']", 1, MINE
+    ),
+}  # fmt: skip
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_however_a_program_ends_its_workers_do_too(ending, method, tmp_path):
+    text, code, expected = ENDINGS[ending]
+    Program(tmp_path, POOL.format(workers=2, method=method) + text).end(code, expected, 30)
+
+
+MAKE = "def make(num_envs): return thrust.CartPole(num_envs)\n"
+UNFIT = {  # programs whose workers could not begin: guarded?, from standard input?, text, error
+    "a lambda": (
+        True, False, POOL.replace("thrust.CartPole", "lambda n: thrust.CartPole(n)"),
+        "TypeError: workers cannot import make_env: it must be a function .*",
+    ),
+    "standard input": (
+        True, True, POOL,
+        "TypeError: workers begin by importing the program, and cannot import what .* "
+        "came from standard input: save it as a file, and run that",
+    ),
+    "no guard": (
+        False, False, POOL,
+        r"thrust.WorkerError: worker 0 \(environments 0 to 1\) began by importing the program, "
+        "which started this pool again: put what the program does under `if __name__ == "
+        '"__main__":`',
+    ),
+    "no guard, training": (
+        False, False, "thrust.train(thrust.Config(workers=2))",
+        r"thrust.WorkerError: worker 0 \(.*\) began by importing the program, .*",
+    ),
+}  # fmt: skip
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "fork"])
+@pytest.mark.parametrize("program", UNFIT)
+def test_programs_that_workers_cannot_import_are_told_what_to_write(program, method, tmp_path):
+    guard, stdin, text, error = UNFIT[program]
+    text = text.format(workers=2, method=method)
+    Program(tmp_path, text, guard=guard, stdin=stdin).end(1, uncaught(error))
+
+
+@SLOW
+@LINUX
+def test_what_is_typed_in_may_use_a_make_env_that_has_a_file(tmp_path):
+    text = "if True:\n" + textwrap.indent(PREAMBLE + POOL + "pool.reset()\npool.close()", " ")
+    for name, code in (("thrust.CartPole", 0), ("make", 1)):
+        program = MAKE + text.format(workers=2, method=None).replace("thrust.CartPole", name)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True,
+            env={**os.environ, "THRUST_CASE": "typed-in"},
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert ("TypeError: workers begin by importing the program" in done.stderr) == code
+
+
+@SLOW
+@LINUX
+def test_with_fork_a_program_may_come_from_standard_input(tmp_path):
+    text = POOL.format(workers=2, method="fork").replace("thrust.CartPole", "make")
+    Program(tmp_path, MAKE + text + "pool.reset()", guard=False, stdin=True).end(0)
 
 
 # ==============================================================================================
