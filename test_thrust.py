@@ -589,18 +589,6 @@ def test_a_worker_that_hangs_is_given_up_after_the_timeout():
     assert 0.5 <= seconds < 5
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
-def test_a_killed_worker_is_reported_with_its_signal():
-    pool = thrust.EnvPool(thrust.CartPole, 4, 2)
-    pool.reset(seed=0)
-    os.kill(pool.pids[0], signal.SIGKILL)
-    with pytest.raises(
-        thrust.WorkerError, match=r"worker 0 .* died with exit code -9"
-    ) as failure:
-        pool.step(np.zeros(4, int))
-    assert (failure.value.worker, failure.value.exitcode) == (0, -signal.SIGKILL)
-
-
 def test_in_one_process_an_environments_error_arrives_as_it_is():
     with thrust.EnvPool(Raises, 4, 0) as pool:
         pool.reset(seed=0)
@@ -659,34 +647,6 @@ def test_a_make_env_that_workers_cannot_import_is_refused_before_they_start(meth
 def test_a_forked_worker_needs_no_importable_make_env():
     with thrust.EnvPool(lambda n: thrust.CartPole(n), 2, 2, start_method="fork") as pool:
         pool.reset(seed=0)
-
-
-def test_a_pool_that_is_forgotten_leaves_no_process():
-    pool = thrust.EnvPool(thrust.CartPole, 4, 2)
-    pids = pool.pids
-    del pool
-    assert all(map(gone, pids))
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
-def test_workers_follow_a_learner_that_is_killed_even_when_stuck(tmp_path):
-    script = tmp_path / "learner.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = {[str(SOURCE.parent), os.path.dirname(__file__)]}\n"
-        "import thrust, test_thrust, time\n"
-        "if __name__ == '__main__':\n"
-        "    pool = thrust.EnvPool(test_thrust.Hangs, 4, 2)\n"
-        "    pool.reset(seed=0)\n"
-        "    for _ in range(2): pool.step([0] * 4)\n"
-        "    pool.send([0] * 4)\n"
-        "    print(*pool.pids, flush=True)\n"
-        "    time.sleep(100)\n"
-    )
-    learner = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
-    pids = [int(word) for word in learner.stdout.readline().split()]
-    learner.kill()
-    learner.wait()
-    assert len(pids) == 2 and all(map(gone, pids))
 
 
 def test_gymnasiums_own_vector_environments_run_in_the_pool():
@@ -843,7 +803,7 @@ PLACE = r"\(test_thrust.py, line \d+\)\nTraceback .*"
 SAID = {
     "raise": (f"raised while DOING: KeyError: 'door' {PLACE}", (None, 1)),
     "raise what cannot be pickled": (
-        f"raised while DOING: Unpicklable: mine {PLACE}",
+        f"raised while DOING: test_thrust.Unpicklable: mine {PLACE}",
         (None, 1),
     ),
     "print and raise": (f"raised while DOING: OSError: .* no space left {PLACE}", (None, 1)),
@@ -1089,8 +1049,11 @@ ENDINGS = {  # what a program does with POOL, its exit code, and its stderr
 
 @SLOW
 @LINUX
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("ending", "method"),
+    [(ending, "fork") for ending in ENDINGS]
+    + [("never closed", "spawn"), ("sys.exit with a stopped worker", "forkserver")],
+)
 def test_however_a_program_ends_its_workers_do_too(ending, method, tmp_path):
     text, code, expected = ENDINGS[ending]
     Program(tmp_path, POOL.format(workers=2, method=method) + text).end(code, expected, 30)
@@ -1104,18 +1067,17 @@ UNFIT = {  # programs whose workers could not begin: guarded?, from standard inp
     ),
     "standard input": (
         True, True, POOL,
-        "TypeError: workers begin by importing the program, and cannot import what .* "
-        "came from standard input: save it as a file, and run that",
+        "TypeError: workers cannot import make_env: .* not a lambda .* "
+        r"\(what was typed in or came from standard input: save it as a file\)",
     ),
     "no guard": (
         False, False, POOL,
-        r"thrust.WorkerError: worker 0 \(environments 0 to 1\) began by importing the program, "
-        "which started this pool again: put what the program does under `if __name__ == "
-        '"__main__":`',
+        r"thrust.WorkerError: worker 0 \(environments 0 to 1\) died with exit code 99 while "
+        'starting, as importing your program runs it: it needs if __name__ == "__main__":',
     ),
     "no guard, training": (
         False, False, "thrust.train(thrust.Config(workers=2))",
-        r"thrust.WorkerError: worker 0 \(.*\) began by importing the program, .*",
+        "thrust.WorkerError: worker 0 .* as importing your program runs it: it needs if .*",
     ),
 }  # fmt: skip
 
@@ -1141,7 +1103,7 @@ def test_what_is_typed_in_may_use_a_make_env_that_has_a_file(tmp_path):
             env={**os.environ, "THRUST_CASE": "typed-in"},
         )  # fmt: skip
         assert done.returncode == code, done.stderr
-        assert ("TypeError: workers begin by importing the program" in done.stderr) == code
+        assert ("(what was typed in or came from standard" in done.stderr) == code
 
 
 @SLOW
@@ -1149,6 +1111,101 @@ def test_what_is_typed_in_may_use_a_make_env_that_has_a_file(tmp_path):
 def test_with_fork_a_program_may_come_from_standard_input(tmp_path):
     text = POOL.format(workers=2, method="fork").replace("thrust.CartPole", "make")
     Program(tmp_path, MAKE + text + "pool.reset()", guard=False, stdin=True).end(0)
+
+
+# How the command line is interrupted: a program runs thrust.main, and signals its own group, as
+# a terminal would, at the moment that is named.
+INTERRUPTED = """
+import torch
+number, moment, *flags = sys.argv[1:]
+number = getattr(signal, number)
+again = moment.endswith(" again")
+moment = moment.removesuffix(" again")
+if moment == "start-up":
+    delay = random.uniform(0, 3)
+    threading.Timer(delay, os.killpg, (0, number)).start()
+else:
+    owner, name = {
+        "rollout": (thrust.Learner, "collect"), "update": (thrust, "ppo_update"),
+        "checkpoint": (torch, "save"), "evaluation": (thrust, "evaluate"),
+    }[moment]
+    original, calls = getattr(owner, name), []
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == (1 if moment == "evaluation" else 5):
+            delay = random.uniform(0, 0.01)
+            threading.Timer(delay, os.killpg, (0, number)).start()
+        return original(*arguments, **options)
+    setattr(owner, name, interrupted)
+if again:  # and once more while the run is being saved because of that
+    save = thrust.save_checkpoint
+    def save_and_interrupt(*arguments):
+        if sys.exc_info()[0]:
+            os.killpg(0, number)
+            time.sleep(0.01)
+        save(*arguments)
+    thrust.save_checkpoint = save_and_interrupt
+sys.exit(thrust.main(flags))
+"""
+
+
+@SLOW
+@LINUX
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "moment", ["start-up", "rollout", "update", "checkpoint", "evaluation", "rollout again"]
+)
+def test_wherever_a_run_is_interrupted_it_is_saved_and_says_no_more(
+    moment, name, workers, undisturbed, tmp_path, monkeypatch
+):
+    config, result = undisturbed
+    if moment != "evaluation":  # long enough to be interrupted with certainty
+        config = dataclasses.replace(config, total_steps=100 * config.total_steps)
+    program = Program(
+        tmp_path, INTERRUPTED, name, moment, *flags_of(config), f"--workers={workers}"
+    )
+    out = program.end(130 if name == "SIGINT" else 143)
+    run = program.folder / "runs" / "CartPole-0"
+    if not (run / "checkpoint.pt").exists():
+        assert moment == "start-up"
+        return
+    stopped = re.search(r"^stopped after update (\d+) of (\d+); to go on: ", out, re.M)
+    _, (state,) = thrust.load_checkpoint(run)
+    assert state["update"] == int(stopped[1]) == len(state["rows"])
+    if moment == "evaluation":
+        monkeypatch.chdir(program.folder)
+        resumed = thrust.train(config, resume=run)
+        assert thrust.weights_hash(resumed.policy) == thrust.weights_hash(result.policy)
+
+
+class Raising:  # --env test_thrust:Raising.step
+    build, reset, step = (Fails(moment, "raise") for moment in ("build", "reset", "step"))
+
+
+@SLOW
+@LINUX
+def test_the_command_line_says_in_a_line_what_an_environment_raised(tmp_path):
+    for moment, workers in itertools.product(("build", "step", "reset"), (0, 2)):
+        (tmp_path / str(workers) / moment).mkdir(parents=True)
+        text = (
+            "import test_thrust\n"
+            f"flags = ['--env=test_thrust:Raising.{moment}', '--workers={workers}']\n"
+            "sys.exit(thrust.main(flags))"
+        )
+        expected = r"thrust: .*KeyError: 'door' \(test_thrust.py, line \d+\)"
+        Program(tmp_path / str(workers) / moment, text).end(1, expected)
+
+
+@LINUX
+def test_main_also_works_outside_the_main_thread(tmp_path):
+    flags = [*flags_of(small()), "--workers=2"]
+    text = (
+        "codes = []\n"
+        f"thread = threading.Thread(target=lambda: codes.append(thrust.main({flags})))\n"
+        "thread.start()\nthread.join()\nassert codes == [0]"
+    )
+    Program(tmp_path, text).end(0)
 
 
 # ==============================================================================================
