@@ -699,16 +699,28 @@ def _worker(recipe: Any, slice_: Any, shared: Any, report: Any, go: Any, done: A
         raise SystemExit(1) from None
 
 
-def _begin(process: Any) -> None:
-    """Starts a process in which Ctrl-C is blocked from birth, so that it does not die with a
-    traceback of what it was importing. (Windows cannot.)"""
-    if mask := getattr(signal, "pthread_sigmask", None):
-        before = mask(signal.SIG_BLOCK, {signal.SIGINT})
+def _begin(ready: list[Any], begun: list[Any]) -> None:
+    """Starts the workers that are `ready`, and lists them in `begun`. Signals wait meanwhile,
+    as nobody could end a process that is half started; and Ctrl-C is blocked in the new ones
+    from birth, so that it prints no traceback of what they import. (Windows cannot block it.)
+    """
+    waiting: list[int] = []
+    mask = getattr(signal, "pthread_sigmask", None)
+    hears = threading.current_thread() is threading.main_thread()  # no other gets signals
+    numbers = (signal.SIGINT, signal.SIGTERM) if hears else ()
+    handlers = {n: signal.signal(n, lambda n, _: waiting.append(n)) for n in numbers}
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else None
     try:
-        process.start()
+        for worker in ready:
+            worker[0].start()
+            begun.append(worker)
     finally:
         if mask:
             mask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for first in waiting[:1]:  # also if it is why a start failed: SIGTERM ends a forkserver
+            signal.raise_signal(first)
 
 
 def _follow_learner() -> None:
@@ -804,16 +816,16 @@ class EnvPool:
         to_end = self._workers, self._arrays["command"], 1.0, self._owner
         self._finalizer = weakref.finalize(self, _end, *to_end)  # if nobody calls close()
         bounds = [self.num_envs * w // workers for w in range(workers + 1)]
+        ready = []
+        for w, (first, stop) in enumerate(zip(bounds, bounds[1:])):
+            go, done, report = *map(context.Semaphore, (0, 0)), context.RawArray("c", 8192)
+            recipe, shared = (make_env, stop - first, spaces), (memory, layout)
+            arguments = (recipe, slice(first, stop), shared, report, go, done)
+            process = context.Process(target=_worker, args=arguments, daemon=True)
+            process.name = f"worker {w} (environments {first} to {stop - 1})"
+            ready.append((process, go, done, report))
         try:
-            for w, (first, stop) in enumerate(zip(bounds, bounds[1:])):
-                go, done = context.Semaphore(0), context.Semaphore(0)
-                report = context.RawArray("c", 8192)
-                recipe, shared = (make_env, stop - first, spaces), (memory, layout)
-                arguments = (recipe, slice(first, stop), shared, report, go, done)
-                process = context.Process(target=_worker, args=arguments, daemon=True)
-                process.name = f"worker {w} (environments {first} to {stop - 1})"
-                _begin(process)
-                self._workers.append((process, go, done, report))
+            _begin(ready, self._workers)
             self._wait("starting", max(self.timeout, 60.0))  # importing takes long
         except BaseException:
             self.close(0.2)
