@@ -2260,31 +2260,6 @@ def test_flags_reach_the_run_and_a_run_can_be_evaluated(in_tmp, capsys):
     assert capsys.readouterr().out.splitlines()[-2:] == trained
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
-@pytest.mark.parametrize(
-    ("signal_name", "workers", "code"),
-    [("SIGINT", 0, 130), ("SIGINT", 2, 130), ("SIGTERM", 0, 143)],
-)
-def test_an_interrupted_run_saves_itself_and_leaves_nothing(signal_name, workers, code, in_tmp):
-    process = subprocess.Popen(
-        command("--workers", workers, "--total-steps", 50_000_000),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    while "steps/s" not in process.stdout.readline():
-        assert process.poll() is None
-    os.killpg(process.pid, getattr(signal, signal_name))
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, "")
-    stopped = re.search(r"^stopped after update (\d+) of 24414; to go on: (.*)$", out, re.M)
-    assert stopped[2] == "python thrust.py --resume runs/CartPole-0"
-    _, (state,) = thrust.load_checkpoint("runs/CartPole-0")
-    assert state["update"] == int(stopped[1]) == len(state["rows"]) >= 1
-    with pytest.raises(ProcessLookupError):  # nobody is left in the group
-        for _ in range(200):
-            os.killpg(process.pid, 0)
-            time.sleep(0.01)
-
-
 # ==============================================================================================
 # 9. Page
 # ==============================================================================================

@@ -707,7 +707,7 @@ def _begin(ready: list[Any], begun: list[Any]) -> None:
     waiting: list[int] = []
     mask = getattr(signal, "pthread_sigmask", None)
     hears = threading.current_thread() is threading.main_thread()  # no other gets signals
-    numbers = (signal.SIGINT, signal.SIGTERM) if hears else ()
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if hears and signal.getsignal(n)]
     handlers = {n: signal.signal(n, lambda n, _: waiting.append(n)) for n in numbers}
     before = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else None
     try:
