@@ -677,10 +677,6 @@ def gymnasium_cartpole(num_envs):
 # Each test below starts a program in a process group and a temporary folder of its own, and
 # ends with the same checks (Program.end). A program may run through a table of cases.
 
-SLOW = pytest.mark.skipif(
-    not os.environ.get("THRUST_SLOW_TESTS"),
-    reason="takes long, or kills processes: set THRUST_SLOW_TESTS=1",
-)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc and /dev/shm")
 PREAMBLE = f"""
 import gc, multiprocessing, os, random, signal, sys, threading, time
@@ -869,7 +865,7 @@ def each_worker_fails(method, *moments):
                 worker_fails(method, deed, moment)
 
 
-@SLOW
+@slow
 @LINUX
 @pytest.mark.parametrize(
     ("method", "moments"),
@@ -884,7 +880,7 @@ def test_whatever_a_worker_does_is_one_error_that_names_it(method, moments, tmp_
     Program(tmp_path, text).end(0, "(dying words\n?)*", 120)
 
 
-@SLOW
+@slow
 @LINUX
 @pytest.mark.parametrize(
     ("doing", "method"), [("waiting", "fork"), *(("stepping", method) for method in METHODS)]
@@ -1048,7 +1044,7 @@ ENDINGS = {  # what a program does with POOL, its exit code, and its stderr
 }  # fmt: skip
 
 
-@SLOW
+@slow
 @LINUX
 @pytest.mark.parametrize(
     ("ending", "method"),
@@ -1083,7 +1079,7 @@ UNFIT = {  # programs whose workers could not begin: guarded?, from standard inp
 }  # fmt: skip
 
 
-@SLOW
+@slow
 @LINUX
 @pytest.mark.parametrize(
     ("program", "method"),
@@ -1095,7 +1091,7 @@ def test_programs_that_workers_cannot_import_are_told_what_to_write(program, met
     Program(tmp_path, text, guard=guard, stdin=stdin).end(1, uncaught(error))
 
 
-@SLOW
+@slow
 @LINUX
 def test_what_is_typed_in_may_use_a_make_env_that_has_a_file(tmp_path):
     text = "if True:\n" + textwrap.indent(PREAMBLE + POOL + "pool.reset()\npool.close()", " ")
@@ -1109,7 +1105,7 @@ def test_what_is_typed_in_may_use_a_make_env_that_has_a_file(tmp_path):
         assert ("(what was typed in or came from standard" in done.stderr) == code
 
 
-@SLOW
+@slow
 @LINUX
 def test_with_fork_a_program_may_come_from_standard_input(tmp_path):
     text = POOL.format(workers=2, method="fork").replace("thrust.CartPole", "make")
@@ -1152,7 +1148,7 @@ sys.exit(thrust.main(flags))
 """
 
 
-@SLOW
+@slow
 @LINUX
 @pytest.mark.parametrize(("name", "workers"), [("SIGINT", 2), ("SIGTERM", 0)])
 @pytest.mark.parametrize(
@@ -1187,7 +1183,7 @@ class Raising:  # --env test_thrust:Raising.step
     build, reset, step = (Fails(moment, "raise") for moment in ("build", "reset", "step"))
 
 
-@SLOW
+@slow
 @LINUX
 def test_the_command_line_says_in_a_line_what_an_environment_raised(tmp_path):
     for moment, workers in (("build", 0), ("build", 2), ("step", 0), ("reset", 2)):
