@@ -32,9 +32,9 @@ PPO in six steps. The training loop, at the end of part 7, carries the same numb
                    again: it was played by a policy that no longer exists.
     6. Repeat      from 1 until the budget of steps is spent; then evaluate the final policy.
 
-The parts. The code of each uses only what stands above it (but for the calls that end a run by
-writing its page), and under its heading each says what it needs where it is copied to: imports,
-and other parts together with theirs.
+The parts. The code of each uses only what stands above it (but for calls into part 9), and
+under its heading each says what it needs where it is copied to: imports, and other parts
+together with theirs.
 
     1. Config         the knobs               5. RolloutBuffer  storage, and advantages (GAE)
     2. CartPole       the game                6. PPO            the loss and the update
@@ -110,14 +110,15 @@ from torch.optim.adam import adam
 # The defaults solve CartPole in seconds. They were found by trial, on seeds of their own; what
 # follows is the median of twelve more, in environment steps until the pole stayed up:
 #
-#   64 x 32, 512   At these sizes a call into torch costs as much as its arithmetic, so large
-#                  batches are cheap. With twice the environments, or half the rollout, some
-#                  seeds failed, or more steps were needed than larger batches saved.
-#   3 epochs       94 thousand steps, in 552 gradient steps; a fourth epoch: 84, in 656.
-#   λ = 0.95       with 0.9, which trusts the critic more, 115 thousand.
-#   6e-3           20 times the common learning rate, because CartPole can be learned in large
-#                  changes of the weights, as long as the rate then falls towards zero for
-#                  careful ones. With 5e-3 or 7e-3, 100 thousand.
+#   N = 64, T = 32, M = 512   At these sizes a call into torch costs as much as its arithmetic,
+#                             so large batches are cheap. With twice the environments, or half
+#                             the rollout, some seeds failed, or more was lost than saved.
+#   3 epochs                  94 thousand steps, in 552 gradient steps. A fourth epoch needed
+#                             fewer of the first, 84 thousand, but more of the second, 656.
+#   λ = 0.95                  With 0.9, 115 thousand.
+#   learning rate 6e-3        20 times the common one: CartPole can be learned in large changes
+#                             of the weights, as long as the rate then falls towards zero for
+#                             careful ones. With 5e-3 or 7e-3, 100 thousand.
 # ==============================================================================================
 
 
@@ -150,7 +151,9 @@ class Config:
     ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore for longer")
     vf_coef: float = knob(0.5, "weight of the value network's mean squared error")
     max_grad_norm: float = knob(0.5, "gradients longer than this are scaled down to it")
-    target_kl: float | None = knob(None, "end an update once the KL is above this", float)
+    target_kl: float | None = knob(
+        None, "end an update once the policy has moved this far (KL, part 6)", float
+    )
     norm_obs: bool = knob(False, "shift and scale observations by mean and standard deviation")
     norm_reward: bool = knob(False, "scale rewards by the standard deviation of returns")
     hidden: tuple[int, ...] = knob((64, 64), "widths of each network's hidden layers", int)
@@ -185,24 +188,25 @@ class Config:
             return type(value) is int and value >= 1
 
         for name, value in vars(self).items():  # NumPy's numbers become Python's, to be saved
-            object.__setattr__(self, name, value.item() if hasattr(value, "item") else value)
-        if isinstance(self.hidden, list):
-            object.__setattr__(self, "hidden", tuple(self.hidden))
+            plain = value.tolist() if hasattr(value, "tolist") else value
+            object.__setattr__(self, name, tuple(plain) if isinstance(plain, list) else plain)
         # Each rule is put so that NaN fails it: every comparison with NaN is false.
         sizes = "num_envs num_steps total_steps minibatch_size epochs threads checkpoint_every"
         require(sizes + " eval_episodes", whole, "a whole number, at least 1")
-        require("seed workers", lambda v: v == 0 or whole(v), "a whole number, 0 or more")
+        require(
+            "seed workers", lambda v: type(v) is int and v >= 0, "a whole number, 0 or more"
+        )
         require("env device", lambda v: isinstance(v, str) and v, "a name")
         require("anneal norm_obs norm_reward", lambda v: type(v) is bool, "True or False")
         require("hidden", lambda v: all(map(whole, v)), "whole numbers, at least 1 each")
-        # What no machine has room for is refused here, and not by an allocation deep inside.
+        # Sizes that are surely typing errors end here, and not in an allocation deep inside.
         vast = "num_envs num_steps eval_episodes"
         require(vast, lambda v: v <= 10**6, "at most a million")
         require("hidden", lambda v: max(v, default=0) <= 10**5, "at most 100,000 each")
         require("threads", lambda v: v <= 1024, "at most 1,024")
         require("gamma gae_lambda", lambda v: 0 <= v <= 1, "from 0 to 1")
         require("clip", lambda v: 0 < v < 1, "above 0 and below 1")
-        huge = 1e308  # and not infinity, below which there are integers that are no floats
+        huge = 1e308  # and not infinity: 10**400 is below that, but no float holds it
         require("ent_coef vf_coef", lambda v: 0 <= v < huge, "finite and 0 or more")
         require("learning_rate max_grad_norm", lambda v: 0 < v < huge, "finite and above 0")
         rule = "finite and above 0, or not given at all"
@@ -373,8 +377,8 @@ class CartPole:
         angle, angular_velocity, x_acceleration, angle_acceleration, sin, cos, temp, work = rows
         np.sin(angle, out=sin)
         np.cos(angle, out=cos)
-        # F = -10 N for action 0, +10 N for action 1 ("clip", as nothing is left to be clipped,
-        # only keeps NumPy from making a copy in order to check)
+        # F = -10 N for action 0, +10 N for action 1. (With the other modes, NumPy would write
+        # into a copy first, in case an action is not allowed.)
         self.FORCES.take(actions, out=work, mode="clip")
         # temp = (F + m·l·θ̇²·sin θ) / m_total, with the pole's mass m and half its length l
         np.square(angular_velocity, out=temp)
@@ -425,7 +429,7 @@ class CartPole:
         """Copies of all that the future depends on, N rows each. Of a generator, its seed and
         the number of episodes begun will do: PCG64 can jump to any place of its stream."""
         return {
-            "state": self._as_seen.reshape(self.num_envs, 4),
+            "state": self._as_seen.reshape(self.num_envs, 4),  # a copy: views cannot do this
             "steps": self._clock + self.max_episode_steps - self._deadline,
             "seed": self._seeds.copy(),
             "episodes": self._blocks * self._block + self._next % self._block,
@@ -502,8 +506,8 @@ class CartPole:
 # then ends the worker, even if that is stuck inside an environment's Python code. A terminal
 # sends Ctrl-C to all of them; only the learner listens.
 #
-# What environments return is checked as it is written, with or without workers: one that does
-# not do as part 2 says is named at once, and not by what the networks learn from it.
+# Observations, rewards and flags are checked as they are written, with or without workers: an
+# environment that does not do as part 2 says is named before the networks learn from it.
 #
 # A pool wins where environments are slow. It loses where stepping the whole batch takes less
 # time than handing it over and back, or no core is free, or the run is short: starting the
@@ -513,8 +517,8 @@ class CartPole:
 # ==============================================================================================
 
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
-DOING = ["stepping", "resetting", "giving its state", "taking a state", "closing"]
-UNGUARDED = {99: ', as importing your program runs it: it needs if __name__ == "__main__":'}
+DOING = ["stepping", "resetting", "giving its state", "taking a state"]
+UNGUARDED = 99  # exit code of a worker that would begin a training of its own (part 8)
 POLLING = 200e-6  # seconds of it, before sleeping
 GIVE_WAY = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has only the latter
 
@@ -562,6 +566,9 @@ def _build(make_env: Any, num_envs: int, spaces: dict[str, str] | None = None) -
 def _layout(env: Any, num_envs: int) -> dict[str, Any]:
     """{name: (shape, dtype)} of the arrays that learner and workers share, all with N rows."""
     obs, action = env.single_observation_space, env.single_action_space
+    for space in (obs, action):
+        if space.shape is None:  # Gymnasium's Tuple and Dict
+            raise ValueError(f"{space} is not an array: wrap the environment so that it is one")
     rows = {
         "command": ((), np.uint8),
         "seed": ((), np.int64),  # for reset; -1 if there is none
@@ -580,14 +587,17 @@ def _layout(env: Any, num_envs: int) -> dict[str, Any]:
 
 
 def _require_importable(make_env: Any) -> None:
-    """TypeError if a process that is not forked from this one could not import make_env."""
+    """TypeError if a process that is not forked from this one could not import make_env. Ends
+    this process if it is a worker itself, whose import of an unguarded program got this far."""
     import __main__ as program
 
     process = mp.current_process()
     if getattr(process, "_inheriting", False) and process.name.startswith("worker"):
-        os._exit(*UNGUARDED)  # a worker that is still importing; the learner says what is wrong
+        os._exit(UNGUARDED)  # a worker that is still importing; the learner says what is wrong
     file = getattr(program, "__file__", None)
     try:
+        # Without a file, what is in __main__ cannot be imported. From a file that is not there,
+        # such as "<stdin>", not even the rest can, because workers begin by importing it.
         pickled = bytes(mp.reduction.ForkingPickler.dumps(make_env))
         lost = b"__main__" in pickled if file is None else not os.path.exists(file)
         if lost and program.__spec__ is None:
@@ -616,9 +626,9 @@ def _state_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _put(rows: dict[str, np.ndarray], name: str, value: Any, where: Any = None) -> None:
     """Writes what an environment returned into its rows. ValueError for what would otherwise be
     broadcast, cut off, or not finite (in the rows `where` it matters), and spoil the networks
-    unseen. All calls together add 4 µs to a step of 64 CartPoles."""
+    unseen."""
     array, target = np.asarray(value), rows[name]
-    # Last observations come from Gymnasium as the environment made them, often in float64.
+    # Gymnasium passes final_obs on as the environment made it, which may be in float64.
     kept: Any = "safe" if name == "obs" else "same_kind"
     fits = array.dtype == target.dtype or np.can_cast(array.dtype, target.dtype, kept)
     if array.shape != target.shape or not fits:
@@ -627,8 +637,9 @@ def _put(rows: dict[str, np.ndarray], name: str, value: Any, where: Any = None) 
     target[...] = array
     if target.dtype.kind == "f" and np.count_nonzero(np.isfinite(target)) != target.size:
         finite = np.isfinite(target).reshape(len(target), -1).all(1)
-        for i in np.flatnonzero(~finite if where is None else where & ~finite)[:1]:
-            raise ValueError(f"{name} must be finite, and in row {i} it is {target[i]}")
+        bad = np.flatnonzero(~finite if where is None else where & ~finite)
+        if len(bad):
+            raise ValueError(f"{name} must be finite, and in row {bad[0]} is {target[bad[0]]}")
 
 
 def _obey(env: Any, rows: dict[str, np.ndarray]) -> int:
@@ -675,12 +686,13 @@ def _acquire(semaphore: Any, timeout: float | None) -> bool:
 def in_a_line(error: BaseException) -> str:
     """What was raised and where, as in "KeyError: 'door' (game.py, line 12)"."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    what = traceback.format_exception_only(error)[0].strip().partition("\n")[0]
+    what = f"{type(error).__name__}: {error}".partition("\n")[0]
     return f"{what} ({os.path.basename(place.filename)}, line {place.lineno})"
 
 
 def _worker(recipe: Any, slice_: Any, shared: Any, report: Any, go: Any, done: Any) -> None:
-    """What a worker process runs: it builds its environments, and obeys until told to close."""
+    """What a worker process runs: it builds its environments, and obeys until told to close.
+    `recipe` is what _build takes, and `shared` what _arrays_in does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # and so is what it does at SIGTERM
     threading.Thread(target=_follow_learner, daemon=True).start()
@@ -929,7 +941,8 @@ class EnvPool:
             if self._env is not None:
                 _obey(self._env, self._arrays)
             else:
-                self._wait(DOING[self._pending or 0], self.timeout)
+                assert self._pending is not None
+                self._wait(DOING[self._pending], self.timeout)
         except BaseException:  # Ctrl-C too: workers and learner are out of step from here on
             if self._workers:
                 self.close(0.2)
@@ -946,7 +959,10 @@ class EnvPool:
                 polls += 1
                 if not alive:
                     problem = f"died with exit code {process.exitcode} while {doing}"
-                    problem += UNGUARDED.get(process.exitcode, "")
+                    if process.exitcode == UNGUARDED:
+                        problem += (
+                            ': put what your program does under if __name__ == "__main__":'
+                        )
                 elif polls * 0.1 >= timeout:
                     problem = f"was still {doing} after {timeout:g} s"
                 alive = process.is_alive()  # if not, it may have released `done` just before
@@ -994,6 +1010,7 @@ class MLP(nn.Module):
         super().__init__()
         gains = [math.sqrt(2)] * (len(sizes) - 2) + [gain]
         for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:])):
+            # Not nn.Linear, which begins by drawing weights from torch's global generator.
             weight = nn.init.orthogonal_(torch.empty(outputs, inputs), gains[i], generator)
             self.register_parameter(f"weight{i}", nn.Parameter(weight))
             self.register_parameter(f"bias{i}", nn.Parameter(torch.zeros(outputs)))
@@ -1030,7 +1047,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
-        self.normalizer: Any = None  # called with observations (N, O), if there is one (part 7)
+        self.normalizer: Any = None  # a Normalizer, if there is one (part 7)
         # Told apart by name, so that Gymnasium's spaces will do as well as those of part 2.
         self.kinds = type(observation_space).__name__, type(action_space).__name__
         if self.kinds[0] not in ("Box", "Discrete"):
@@ -1074,7 +1091,8 @@ class ActorCritic(nn.Module):
         return self._choose(self.actor(self._flat(obs)), noise)
 
     def noise(self, *shape: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """What makes choices random: (*shape, outputs), to be added to the actor's outputs."""
+        """What makes choices random, (*shape, outputs): numbers that are added to the actor's
+        outputs, for Box after multiplication by the deviation."""
         device = generator.device if generator else next(self.parameters()).device
         noise = torch.empty(*shape, sum(self.choices), device=device)
         if self.kinds[1] == "Box":
@@ -1094,7 +1112,8 @@ class ActorCritic(nn.Module):
 
     def value(self, obs: np.ndarray | torch.Tensor) -> torch.Tensor:
         """V of each observation: (N, *shape) → (N,)."""
-        return torch.squeeze(self.critic(self._flat(obs)), -1)
+        value: torch.Tensor = self.critic(self._flat(obs)).squeeze(-1)
+        return value
 
     def to_env(self, action: torch.Tensor) -> np.ndarray:
         """Actions as the environment takes them: Box clipped, Discrete counted from `start`."""
@@ -1274,11 +1293,12 @@ class RolloutBuffer:
         self.value = np.zeros((T + 1, N), np.float32)
         self.final_value = np.zeros((T, N), np.float32)  # read only where truncated
 
-    def add(self, t: int, action: np.ndarray, *came_of_it: np.ndarray) -> None:
-        """Copies in step t: the action, and the next obs, reward, terminated and truncated that
-        came of it, as the environments returned them. Each is (N, ...)."""
-        self.action[t] = action
-        self.obs[t + 1], self.reward[t], self.terminated[t], self.truncated[t] = came_of_it
+    def add(
+        self, t: int, action: Any, next_obs: Any, reward: Any, terminated: Any, truncated: Any
+    ) -> None:
+        """Copies in step t: the action, and what it returned. Each is (N, ...)."""
+        self.action[t], self.obs[t + 1], self.reward[t] = action, next_obs, reward
+        self.terminated[t], self.truncated[t] = terminated, truncated
 
     def batch(self, gamma: float, lam: float) -> Batch:
         """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
@@ -1351,7 +1371,8 @@ def ppo_loss(
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
-    # min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â )
+    # min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ), called the surrogate: it stands in for the mean
+    # advantage of the new policy, as far as the old one's data can tell
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     surrogate = torch.min(ratio * advantage, clipped * advantage)
     # PPO's first implementation clips the change of V as well. That makes the critic's pace
@@ -1446,11 +1467,9 @@ def ppo_update(
     history: list[dict[str, torch.Tensor]] = []
     for minibatch in batch.minibatches(config.minibatch_size, config.epochs, generator):
         loss, stats = ppo_loss(policy, minibatch, config)
-        # At the first minibatch the KL is nothing but rounding. Later, the break ends this
-        # epoch and all that would follow, on all ranks alike.
-        target = config.target_kl if history else None
-        if target is not None and mean_over_ranks(stats["approx_kl"]) > target:
-            break
+        limit = config.target_kl if history else None  # at the first, the KL is only rounding
+        if limit is not None and mean_over_ranks(stats["approx_kl"]) > limit:
+            break  # out of this epoch and all that would follow, on all ranks alike
         loss.backward()  # type: ignore[no-untyped-call]
         stats["grad_norm"] = optimizer.step(learning_rate, config.max_grad_norm)
         history.append(stats)
@@ -1485,7 +1504,8 @@ def ppo_update(
 # ==============================================================================================
 
 # The columns of log.csv, which has a row per update, and what is healthy. Losses, entropy, KL,
-# clip fraction and gradient norm are means over the update's minibatches.
+# clip fraction and gradient norm are means over the update's gradient steps, and of several
+# ranks they are those of rank 0; returns, lengths and explained variance are means over ranks.
 COLUMNS = {
     "update": "updates done",
     "steps": "environment steps played for them",
@@ -1534,21 +1554,18 @@ class MakeEnv(NamedTuple):
     render_mode: str | None = None
 
     def __call__(self, num_envs: int) -> Any:
-        theirs = self.name != "CartPole" and ":" not in self.name
-        if self.render_mode and not theirs:
-            raise ValueError(f"--render needs an environment of Gymnasium's, not {self.name}")
-        try:
-            if theirs:
-                import gymnasium as gym
-            else:
-                make: Any = CartPole
-                if ":" in self.name:
-                    make = pkgutil.resolve_name(self.name)
-        except (ImportError, AttributeError) as error:
-            hint = " (pip install gymnasium)" if theirs else ""
-            raise ValueError(f"--env {self.name} cannot be imported: {error}{hint}") from None
-        if not theirs:
+        if self.name == "CartPole" or ":" in self.name:
+            if self.render_mode:
+                raise ValueError(f"--render needs one of Gymnasium's, not {self.name}")
+            try:
+                make = CartPole if self.name == "CartPole" else pkgutil.resolve_name(self.name)
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"--env {self.name} cannot be imported: {error}") from None
             return make(num_envs)
+        try:
+            import gymnasium as gym
+        except ImportError as error:
+            raise ValueError(f"--env {self.name}: {error} (pip install gymnasium)") from None
 
         def keep(env: Any) -> Any:  # final_obs, which a reset might otherwise write over
             return gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
@@ -1758,12 +1775,15 @@ class Learner:
         mean_return, mean_length = np.array(self.recent or [[math.nan] * 2]).mean(0).tolist()
         # returns - V is Â, so the share of the returns' variance that V did not explain is:
         unexplained = batch.advantage.var(correction=0) / batch.returns.var(correction=0)
-        numbers = [self.episodes, mean_return, mean_length, 1 - unexplained.item()]
+        numbers = [mean_return, mean_length, 1 - unexplained.item()]
         means = mean_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
-        names = ["episodes", "mean_return", "mean_length", "explained_variance"]
-        steps = self.update * len(batch.obs) * world_size()
-        row = {"update": self.update, "steps": steps, **dict(zip(names, means))}
-        return row | {"episodes": round(row["episodes"] * world_size())}
+        names = ["mean_return", "mean_length", "explained_variance"]
+        steps, episodes = (
+            self.update * len(batch.obs) * world_size(),
+            of_all_ranks(self.episodes),
+        )
+        row = {"update": self.update, "steps": steps, "episodes": sum(episodes)}
+        return row | dict(zip(names, means))
 
     def state(self) -> dict[str, Any]:
         """All of it, in tensors, numbers, strings, lists and dicts that will not change."""
@@ -1833,8 +1853,9 @@ def save_checkpoint(run: pathlib.Path | None, config: Config, state: dict[str, A
 
 
 def require_kind(kind: Any, value: Any, name: str) -> None:
-    """Raises ValueError, which names the field, unless `value` is of a kind: of that type, or a
-    tensor of that dtype and shape, a dict with those keys, a list of items like its first."""
+    """Raises ValueError, which names the field, unless `value` is of that kind: a type, several
+    types, or an example, which asks for a tensor of its dtype and shape, a dict with its keys,
+    a list of items like its first."""
     fits = isinstance(value, kind if isinstance(kind, (type, tuple)) else type(kind))
     if fits and isinstance(kind, torch.Tensor):
         fits = (value.dtype, value.shape) == (kind.dtype, kind.shape)
@@ -1843,8 +1864,8 @@ def require_kind(kind: Any, value: Any, name: str) -> None:
     if isinstance(kind, dict):
         for key in kind:
             require_kind(kind[key], value.get(key), f"{name}.{key}")
-    if isinstance(kind, list):
-        for item in value if kind else []:
+    if isinstance(kind, list) and kind:
+        for item in value:
             require_kind(kind[0], item, name)
 
 
@@ -1865,7 +1886,7 @@ def load_checkpoint(run: str | pathlib.Path) -> tuple[Config, list[dict[str, Any
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is {saved['format']}, and not {CHECKPOINT_FORMAT}")
-        require_kind([SAVED], saved["ranks"] or [None], "ranks")
+        require_kind([SAVED], saved["ranks"] or [None], "ranks")  # not none at all
         return Config(**saved["config"]), saved["ranks"]
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -1959,7 +1980,7 @@ class Report:
         try:
             write(*arguments)
             self.failed.discard(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.failed.add(name)
             if not self.warned:
                 what = f"thrust: {name} cannot be written: {error}"
@@ -2023,7 +2044,8 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
     """Trains as `config` says in a new folder under runs/, or, with `resume`, goes on with the
     run in that folder; then evaluates the policy. Under torchrun, together with other ranks.
 
-    Whatever ends training early, the state at the end of the last update is saved first. Raises
+    Whatever ends training early, the state at the end of the last update is saved first (with
+    several ranks, the last checkpoint has to do). Raises
     ValueError for a run that cannot be resumed, or not with this config; RuntimeError for NaN
     or infinity; WorkerError for a failed worker; OSError where files cannot be written, either
     before training begins or, if that changes on the way, after all else is done.
@@ -2037,8 +2059,12 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
         saved = None if resume is None else load_resumable(resume, config, rank)
         pool = EnvPool(MakeEnv(config.env), config.num_envs, config.workers)
         learner = Learner(config, stack.enter_context(pool), rank)
-        learner.begin() if saved is None else learner.restore(saved)
-        run = None if rank else pathlib.Path(resume) if resume else new_run(config)
+        learner.begin()
+        if saved is not None:
+            learner.restore(saved)
+        run = None
+        if rank == 0:
+            run = new_run(config) if resume is None else pathlib.Path(resume)
         report = Report(run, learner, updates)
         if saved and not pool.has_state:
             report.say("these environments cannot be saved: going on with new episodes")
@@ -2048,7 +2074,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
             for update in range(learner.update, updates):
                 began = time.perf_counter()
                 learner.collect()  # 1. Collect.
-                learner.estimate()  # 2. Value.
+                learner.estimate()  # 2. Value; and how probable each action was.
                 batch = learner.buffer.batch(config.gamma, config.gae_lambda)  # 3. Advantage.
                 # The rate is full at the first update, and not yet zero at the last.
                 rate = config.learning_rate * (1 - config.anneal * update / updates)
@@ -2068,7 +2094,7 @@ def train(config: Config, *, resume: str | pathlib.Path | None = None) -> Result
             if world_size() == 1:
                 report.save(state)
                 at = f"stopped after update {state['update']} of {updates}"
-                if not report.failed:
+                if "checkpoint.pt" not in report.failed:
                     report.say(f"{at}; to go on: python thrust.py --resume {run}")
             raise
         if run:
@@ -2143,31 +2169,31 @@ def main(argv: list[str] | None = None) -> int:
     resume, evaluated = knobs.pop("resume", None), knobs.pop("evaluate", None)
     watched = knobs.pop("watch", None)
     render_mode = "human" if knobs.pop("render", False) else None
-    if render_mode and not evaluated:
+    if render_mode and evaluated is None:
         parser.error("--render needs --evaluate RUN")
-    if watched and knobs:
+    if watched is not None and knobs:
         parser.error("--watch RUN takes no other flag")
     if render_mode:
         knobs = {"eval_episodes": 1, **knobs}
-    if threading.current_thread() is threading.main_thread():  # no other gets signals
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+    hears = threading.current_thread() is threading.main_thread()  # no other gets signals
+    numbers = [signal.SIGINT, signal.SIGTERM] if hears else []
+    before = {number: signal.signal(number, stop) for number in numbers}
     for stream in (sys.stdout, sys.stderr):  # a console without ± is no reason to fail
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        if watched:
+        if watched is not None:
             page = write_page(watched)
             print(f"page: {page}", flush=True)
             open_page(page)
             return 0
-        run = resume or evaluated
-        saved = load_checkpoint(run)[0] if run else Config()
+        run = resume if evaluated is None else evaluated
+        saved = Config() if run is None else load_checkpoint(run)[0]
         try:
             config = dataclasses.replace(saved, **knobs)
         except ValueError as error:
             parser.error(str(error))
-        if not evaluated:
+        if evaluated is None:
             train(config, resume=resume)
             return 0
         with torch_ready(config):
@@ -2180,9 +2206,12 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         # Of what is raised nowhere in this file, like an environment's KeyError, also where.
         ours = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, MemoryError))
-        text = str(error).partition("\n")[0] if ours else in_a_line(error)
+        text = str(error).partition("\n")[0] if ours and str(error) else in_a_line(error)
         print(f"thrust: {text}", file=sys.stderr)
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ==============================================================================================
@@ -2508,9 +2537,9 @@ def policy_as_data(policy: ActorCritic) -> dict[str, Any]:
 
     def layers(network: MLP) -> list[dict[str, Any]]:
         parameters = list(network.parameters())
-        layers = [dict(zip(("weight", "bias"), pair)) for pair in zip(*[iter(parameters)] * 2)]
-        activations = ["tanh"] * (len(layers) - 1) + [None]
-        return [{**its, "activation": f} for its, f in zip(layers, activations)]
+        activations = ["tanh"] * (len(parameters) // 2 - 1) + [None]
+        triples = zip(parameters[::2], parameters[1::2], activations)
+        return [{"weight": w, "bias": b, "activation": f} for w, b, f in triples]
 
     def described(space: Any) -> dict[str, Any]:
         names = ("shape", "n", "nvec", "start", "low", "high")
@@ -2543,7 +2572,7 @@ def write_page(run: str | pathlib.Path) -> pathlib.Path:
     at = f"update {state['update']:,} of {config.num_updates // len(ranks):,}"
     data = {
         "name": f"{config.env}, seed {config.seed}",
-        "summary": state.get("evaluation", f"not finished: {at}").capitalize(),
+        "summary": str(state.get("evaluation", f"not finished: {at}")).capitalize(),
         "log": {name: [rows[i][name] for i in places] for name in COLUMNS},
         "meanings": COLUMNS,
         "bars": bars,
