@@ -1743,7 +1743,7 @@ class Learner:
         generator = self.generators["minibatches"]
         batch = batch.to(self.config.device)
         stats = ppo_update(self.policy, self.optimizer, batch, self.config, rate, generator)
-        self.require_finite(stats | {"weights": self.optimizer.weights})
+        self.require_finite(stats | {"weights": self.optimizer.weights.cpu().numpy()})
         self.update += 1
         self.keep_snapshot()
         return stats
@@ -1754,7 +1754,7 @@ class Learner:
         rate = f"a learning rate that is too large (it is {self.config.learning_rate:g})"
         others = "huge rewards (--norm-reward scales them), or an environment that returned it"
         for name, value in quantities.items():
-            if not torch.as_tensor(value).isfinite().all():
+            if not np.isfinite(value).all():
                 what = f"update {self.update + 1}: {name} is NaN or infinite"
                 raise RuntimeError(f"{what}; usual causes are {rate}, {others}")
 
