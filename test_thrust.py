@@ -858,26 +858,25 @@ def worker_fails(method, deed, moment):
         assert said.worker == 1 and said.exitcode in exitcodes, case
 
 
-def each_worker_fails(method, *moments):
-    for moment in moments:
-        for deed in SAID:
-            waits = moment == "build" and deed in ("hang", "SIGSTOP")  # for a minute
-            if not waits and (moment not in OUTSIDE or deed in ("SIGKILL", "SIGSTOP")):
-                worker_fails(method, deed, moment)
+def each_worker_fails(method, moments, deeds):
+    for moment, deed in itertools.product(moments, deeds):
+        waits = moment == "build" and deed in ("hang", "SIGSTOP")  # for a minute
+        if not waits and (moment not in OUTSIDE or deed in ("SIGKILL", "SIGSTOP")):
+            worker_fails(method, deed, moment)
 
 
 @slow
 @LINUX
 @pytest.mark.parametrize(
-    ("method", "moments"),
+    ("method", "moments", "deeds"),
     [
-        ("fork", ("build", "reset", "step", "close", *OUTSIDE)),
-        ("forkserver", ("step",)),
-        ("spawn", ("step",)),
+        ("fork", ["build", "reset", "step", "close", *OUTSIDE], [*SAID]),
+        ("forkserver", ["step"], [*SAID][::2]),
+        ("spawn", ["step"], ["raise", "SIGKILL"]),
     ],
 )
-def test_whatever_a_worker_does_is_one_error_that_names_it(method, moments, tmp_path):
-    text = f"import test_thrust\ntest_thrust.each_worker_fails({method!r}, *{moments})"
+def test_whatever_a_worker_does_is_one_error_that_names_it(method, moments, deeds, tmp_path):
+    text = f"import test_thrust\ntest_thrust.each_worker_fails({method!r}, {moments}, {deeds})"
     Program(tmp_path, text).end(0, "(dying words\n?)*", 120)
 
 
