@@ -453,7 +453,7 @@ def bench_solve(quick: bool) -> Any:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for seed in seeds:
         for name, command in commands.items():
-            if name == "Thrust" or seed % 2:  # the others take so much longer
+            if name == "Thrust" or seed % 4 == 1:  # the others take so much longer
                 runs[name].append(run_and_watch(command(seed)))
     names = {"training CartPole": "training begins", "passed 475": "475 passed"}
     names |= {"end": "process ends", "cpu": "CPU seconds", "memory": "peak MB"}
