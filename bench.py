@@ -62,7 +62,8 @@ def ratio(a: list[float], b: list[float]) -> str:
 def spread(values: list[float], unit: float = 1.0) -> str:
     """The median, and in brackets the smallest and the largest, in multiples of `unit`."""
     three = (statistics.median(values), min(values), max(values))
-    middle, low, high = (f"{value / unit:,.3g}" for value in three)
+    scaled = [value / unit for value in three]
+    middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in scaled)
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -203,8 +204,9 @@ def bench_pool(quick: bool) -> Any:
                     over.append(time.perf_counter() - began - seconds.max())
             row += [f"{q * 1e6:.0f}" for q in np.quantile(over, [0.5, 0.1, 0.9])]
         rows.append(row)
-    header = ["N", "0 workers: median", "10 %", "90 %"]
-    header += [f"{cores} workers: median", "10 %", "90 %"]
+    header = ["N"]
+    for w in (0, cores):
+        header += [f"{w} workers: median", f"{w} workers: 10 %", f"{w} workers: 90 %"]
     title = "EnvPool, µs per step beyond the slowest environment's own stepping time"
     return [*tables, table(title, header, rows)]
 
@@ -433,7 +435,7 @@ def run_and_watch(command: list[str]) -> dict[str, float]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        seen[line.split(",")[0].split(":")[0]] = time.perf_counter() - began
+        seen[line.strip().split(",")[0].split(":")[0]] = time.perf_counter() - began
         with contextlib.suppress(OSError), open(f"/proc/{process.pid}/status") as file:
             sizes = [row.split()[1] for row in file if row.startswith("VmHWM")]
             seen["memory"] = int(sizes[0]) / 1e3
