@@ -1070,7 +1070,7 @@ UNFIT = {  # programs whose workers could not begin: guarded?, from standard inp
     "no guard": (
         False, False, POOL,
         r"thrust.WorkerError: worker 0 \(environments 0 to 1\) died with exit code 99 while "
-        'starting, as importing your program runs it: it needs if __name__ == "__main__":',
+        'starting: put what your program does under if __name__ == "__main__":',
     ),
     "no guard, training": (
         False, False, "thrust.train(thrust.Config(workers=2))",

@@ -637,9 +637,10 @@ def _put(rows: dict[str, np.ndarray], name: str, value: Any, where: Any = None) 
     target[...] = array
     if target.dtype.kind == "f" and np.count_nonzero(np.isfinite(target)) != target.size:
         finite = np.isfinite(target).reshape(len(target), -1).all(1)
-        bad = np.flatnonzero(~finite if where is None else where & ~finite)
-        if len(bad):
-            raise ValueError(f"{name} must be finite, and in row {bad[0]} is {target[bad[0]]}")
+        bad = ~finite if where is None else where & ~finite
+        if bad.any():
+            i = bad.argmax()  # the first
+            raise ValueError(f"{name} must be finite, and in row {i} it is {target[i]}")
 
 
 def _obey(env: Any, rows: dict[str, np.ndarray]) -> int:
@@ -1556,7 +1557,8 @@ class MakeEnv(NamedTuple):
     def __call__(self, num_envs: int) -> Any:
         if self.name == "CartPole" or ":" in self.name:
             if self.render_mode:
-                raise ValueError(f"--render needs one of Gymnasium's, not {self.name}")
+                what = "--render needs an environment of Gymnasium's"
+                raise ValueError(f"{what}, not {self.name}")
             try:
                 make = CartPole if self.name == "CartPole" else pkgutil.resolve_name(self.name)
             except (ImportError, AttributeError) as error:
