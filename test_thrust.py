@@ -1074,7 +1074,7 @@ UNFIT = {  # programs whose workers could not begin: guarded?, from standard inp
     ),
     "no guard, training": (
         False, False, "thrust.train(thrust.Config(workers=2))",
-        "thrust.WorkerError: worker 0 .* as importing your program runs it: it needs if .*",
+        r"thrust.WorkerError: worker 0 .*: put what your program does under if __name__ .*",
     ),
 }  # fmt: skip
 

@@ -961,9 +961,8 @@ class EnvPool:
                 if not alive:
                     problem = f"died with exit code {process.exitcode} while {doing}"
                     if process.exitcode == UNGUARDED:
-                        problem += (
-                            ': put what your program does under if __name__ == "__main__":'
-                        )
+                        guard = 'if __name__ == "__main__":'
+                        problem += f": put what your program does under {guard}"
                 elif polls * 0.1 >= timeout:
                     problem = f"was still {doing} after {timeout:g} s"
                 alive = process.is_alive()  # if not, it may have released `done` just before
