@@ -687,7 +687,10 @@ def _acquire(semaphore: Any, timeout: float | None) -> bool:
 def in_a_line(error: BaseException) -> str:
     """What was raised and where, as in "KeyError: 'door' (game.py, line 12)"."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{type(error).__name__}: {error}".partition("\n")[0]
+    lines = traceback.format_exception_only(
+        error
+    )  # of a SyntaxError, first the place, indented
+    what = next(line for line in lines if line[0] != " ").partition("\n")[0]
     return f"{what} ({os.path.basename(place.filename)}, line {place.lineno})"
 
 
