@@ -307,15 +307,20 @@ def scalar_step(x, x_dot, theta, theta_dot, action):
     )
 
 
-def test_physics_are_the_equations():
-    env, rng = thrust.CartPole(500), np.random.default_rng(0)
+def poles_anywhere(n):
+    """n poles in random states: (CartPole, those states, random actions)."""
+    env, rng = thrust.CartPole(n), np.random.default_rng(0)
     env.reset(seed=0)
     start = env.state()
-    start["state"] = rng.uniform(-1, 1, (500, 4)) * [2.3, 3.0, 0.2, 3.0]
+    start["state"] = rng.uniform(-1, 1, (n, 4)) * [2.3, 3.0, 0.2, 3.0]
     env.set_state(start)
-    actions = rng.integers(0, 2, 500)
+    return env, start["state"], rng.integers(0, 2, n)
+
+
+def test_physics_are_the_equations():
+    env, start, actions = poles_anywhere(500)
     _, _, terminated, _, info = env.step(actions)
-    reached = np.array([scalar_step(*s, a) for s, a in zip(start["state"], actions)])
+    reached = np.array([scalar_step(*s, a) for s, a in zip(start, actions)])
     fell = (np.abs(reached[:, 0]) > 2.4) | (np.abs(reached[:, 2]) > math.radians(12))
     assert fell.any() and same(terminated, fell)
     np.testing.assert_allclose(env.state()["state"][~fell], reached[~fell], rtol=1e-12)
@@ -2438,15 +2443,10 @@ def browser(tmp_path_factory):
 
 def test_in_the_browser_the_physics_are_those_of_cartpole(solved, browser):
     browser.open(solved[0].run / "page.html")
-    env, rng = thrust.CartPole(2000), np.random.default_rng(0)
-    env.reset(seed=0)
-    before = env.state()
-    before["state"] = rng.uniform(-1, 1, (2000, 4)) * [2.3, 3.0, 0.2, 3.0]
-    env.set_state(before)
-    actions = rng.integers(0, 2, 2000)
+    env, before, actions = poles_anywhere(2000)
     terminated = env.step(actions)[2]
     script = "const [s, a] = arguments; return s.map((x, i) => thrust.step(x, a[i] ? 10 : -10))"
-    after = np.array(browser.js(script, before["state"].tolist(), actions.tolist()))
+    after = np.array(browser.js(script, before.tolist(), actions.tolist()))
     fell = browser.js("return arguments[0].map(thrust.fallen)", after.tolist())
     assert same(np.array(fell), terminated) and 0 < terminated.sum() < 1000
     difference = np.abs(after - env.state()["state"])[~terminated]

@@ -687,9 +687,8 @@ def _acquire(semaphore: Any, timeout: float | None) -> bool:
 def in_a_line(error: BaseException) -> str:
     """What was raised and where, as in "KeyError: 'door' (game.py, line 12)"."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    lines = traceback.format_exception_only(
-        error
-    )  # of a SyntaxError, first the place, indented
+    lines = traceback.format_exception_only(error)
+    # Those of a SyntaxError begin with its place, indented.
     what = next(line for line in lines if line[0] != " ").partition("\n")[0]
     return f"{what} ({os.path.basename(place.filename)}, line {place.lineno})"
 
@@ -1688,6 +1687,11 @@ class Learner:
         self.snapshots: list[dict[str, Any]] = []  # of the policy, for the page (part 9)
         self.keep_snapshot()
 
+    @property
+    def steps(self) -> int:
+        """Environment steps played for the updates done, by all ranks together."""
+        return self.update * self.config.batch_size * world_size()
+
     def begin(self) -> None:
         """Starts episodes whose seeds depend on the rank and on the updates done."""
         seed = derive_seed(self.config.seed, "environments", self.rank, self.update)
@@ -1768,10 +1772,9 @@ class Learner:
         updates = self.config.num_updates // world_size()
         moments = {round(i * updates / 7) for i in range(8)}
         if self.config.env == "CartPole" and self.update in moments:
-            steps = self.update * self.config.batch_size * world_size()
             mean, std = self.obs_norm.moments()  # 0 and 1 without norm_obs
             weights = self.optimizer.weights.cpu().clone()
-            snapshot = {"steps": steps, "weights": weights, "mean": mean, "std": std}
+            snapshot = {"steps": self.steps, "weights": weights, "mean": mean, "std": std}
             self.snapshots = [*self.snapshots, snapshot]
 
     def statistics(self, batch: Batch) -> dict[str, float]:
@@ -1782,11 +1785,8 @@ class Learner:
         numbers = [mean_return, mean_length, 1 - unexplained.item()]
         means = mean_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
         names = ["mean_return", "mean_length", "explained_variance"]
-        steps, episodes = (
-            self.update * len(batch.obs) * world_size(),
-            of_all_ranks(self.episodes),
-        )
-        row = {"update": self.update, "steps": steps, "episodes": sum(episodes)}
+        episodes = sum(of_all_ranks(self.episodes))
+        row = {"update": self.update, "steps": self.steps, "episodes": episodes}
         return row | dict(zip(names, means))
 
     def state(self) -> dict[str, Any]:
