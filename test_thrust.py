@@ -25,6 +25,7 @@ import multiprocessing as mp
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -419,7 +420,7 @@ def test_what_is_no_action_is_refused_and_changes_nothing(actions):
     env = thrust.CartPole(3)
     env.reset(seed=0)
     before = env.state()
-    with pytest.raises(ValueError, match=r"actions must be \(3,\) integers 0 or 1; got"):
+    with pytest.raises(ValueError, match="actions must be 3 integers, 0 or 1; got"):
         env.step(np.array(actions))
     assert all(same(before[k], array) for k, array in env.state().items())
 
@@ -1552,6 +1553,18 @@ def test_evaluation_counts_first_episodes_only_and_repeats(undisturbed):
         thrust.evaluate(result.policy, NextStep(4), seed)
 
 
+def test_the_training_pool_is_closed_before_the_evaluation_begins(in_tmp, monkeypatch):
+    seen, original = [], thrust.evaluate
+
+    def spy(policy, envs, seed):
+        seen.append(len(mp.active_children()))
+        return original(policy, envs, seed)
+
+    monkeypatch.setattr(thrust, "evaluate", spy)
+    thrust.train(small(workers=3, eval_episodes=1))
+    assert seen == [1]
+
+
 def fill_disk(monkeypatch, after):
     """From the so-many-th call of fsync on, the disk is full."""
     calls, original = itertools.count(), os.fsync
@@ -1770,7 +1783,7 @@ def solved(tmp_path_factory):
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         folder = str(tmp_path_factory.mktemp("solved"))
-        result = thrust.train(thrust.Config(seed=7, runs=folder))
+        result = thrust.train(thrust.Config(runs=folder))
     return result, output.getvalue().splitlines()
 
 
@@ -1833,6 +1846,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(flags, message, in_tmp, capsys
         ("--env test_thrust:NextStep", "must be SAME_STEP, not NextStep"),
         ("--env test_thrust:Raises", "thrust: KeyError: 'door' (test_thrust.py, line "),
         ("--env test_thrust:Raises --workers 2", "raised while stepping: KeyError: 'door'"),
+        ("--env test_thrust:Stubborn --workers 2 --timeout 0.5", "still stepping after 0.5 s"),
         ("--runs a_file", "a_file"),
         ("--device nonsense", "nonsense"),
     ],
@@ -1926,3 +1940,243 @@ def test_a_signal_that_was_ignored_stays_ignored(in_tmp):
     process.send_signal(signal.SIGHUP)
     process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+# ==============================================================================================
+# 9. Page
+# ==============================================================================================
+
+HOME, LEFT, RIGHT = "\ue011", "\ue012", "\ue014"  # keys, as selenium writes them
+
+
+class Browser:
+    """A headless Chromium that shows one page at a time."""
+
+    def __init__(self, webdriver):
+        options, service = webdriver.ChromeOptions(), webdriver.ChromeService()
+        options.binary_location = shutil.which("chromium")
+        service.path = shutil.which("chromedriver")
+        for flag in ("headless=new", "no-sandbox", "disable-gpu"):
+            options.add_argument("--" + flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=service)
+        self.js, self.cdp = self.driver.execute_script, self.driver.execute_cdp_cmd
+
+    def open(self, page, width=1280, scheme="light", motion="reduce"):
+        """Opens a page anew. With motion="reduce", the pole waits."""
+        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        features = [{"name": name, "value": value} for name, value in media.items()]
+        size = {"width": width, "height": 1300, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.cdp("Emulation.setEmulatedMedia", {"features": features})
+        self.cdp("Emulation.setDeviceMetricsOverride", size)
+        self.logged("browser"), self.logged("performance")  # what was before is forgotten
+        self.driver.get(page.as_uri())
+        self.wait("document.querySelector('#chart text')")
+
+    def logged(self, kind):
+        """What was logged since this was last called."""
+        return [entry["message"] for entry in self.driver.get_log(kind)]
+
+    def text(self, id):
+        return self.driver.find_element("id", id).text
+
+    def press(self, key, at="body"):
+        self.js("document.activeElement.blur()")
+        self.driver.find_element("css selector", at).send_keys(key)
+
+    def ways(self, id, key):
+        click = self.driver.find_element("id", id).click
+        return click, lambda: self.press(key), lambda: self.press(" ", at="#" + id)
+
+    def wait(self, script):
+        until = time.monotonic() + 10
+        while not self.js("return " + script):
+            assert time.monotonic() < until, f"never: {script}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not shutil.which("chromedriver") and not os.environ.get("THRUST_ALL_TESTS"):
+        pytest.skip("needs a browser: apt-get install chromium chromium-driver")
+    browser = Browser(oracle("selenium.webdriver"))
+    yield browser
+    browser.driver.quit()
+
+
+def test_in_the_browser_large_single_steps_and_fifty_free_steps_are_cartpoles(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    script = "const [s, a] = arguments; return s.map((s, i) => step(s, a[i] ? 10 : -10))"
+    rng = np.random.default_rng(0)
+    for scale, steps, error in (1, 1, 1e-12), (30, 1, 1e-12), (0.02, 50, 1e-9):
+        env = thrust.CartPole(1000)
+        env.X_LIMIT = env.ANGLE_LIMIT = np.inf  # plays on wherever the pole is
+        env.reset(seed=0)
+        env.set_state({**env.state(), "state": scale * rng.normal(size=(1000, 4))})
+        states = env.state()["state"].tolist()
+        for actions in rng.integers(2, size=(steps, 1000)):
+            env.step(actions)
+            states = browser.js(script, states, actions.tolist())
+        np.testing.assert_allclose(states, env.state()["state"], rtol=error, atol=error)
+        lost = (np.abs(states) > env.single_observation_space.high / 2).any(1)
+        assert browser.js("return arguments[0].map(fallen)", states) == lost.tolist()
+
+
+def test_in_the_browser_every_snapshot_thinks_as_the_policy_did(solved, browser, tmp_path):
+    config = thrust.Config(total_steps=16_384, hidden=(8, 4), norm_obs=True, runs=str(tmp_path))
+    script = "return policies.map((p) => arguments[0].map((s) => Object.values(think(p, s))))"
+    states = np.random.default_rng(2).normal(size=(300, 4)).astype(np.float32)
+    states *= np.repeat(np.float32([0.1, 1, 30]), 100)[:, None]
+    for run in (solved[0].run, thrust.train(config).run):
+        browser.open(run / "page.html")
+        thoughts = np.array(browser.js(script, states.tolist()))
+        saved, policy = thrust.load_checkpoint(run)[1], thrust.load(run)
+        weights = {then["steps"]: then["policy"] for then in saved["snapshots"]}
+        weights[saved["learner"]["counts"][1]] = saved["learner"]["policy"]
+        assert browser.js("return policies.map((p) => p.steps)") == list(weights)
+        for (right, value), then in zip(thoughts.transpose(0, 2, 1), weights.values()):
+            policy.load_state_dict(then)
+            logprob, _, expected = policy.evaluate(states, torch.ones(300, dtype=torch.int64))
+            assert np.abs(right - logprob.detach().exp().numpy()).max() < 1e-5
+            np.testing.assert_allclose(value, expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_in_the_browser_the_untrained_policy_falls_and_the_last_one_stands(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    starts = np.random.default_rng(3).uniform(-0.05, 0.05, (100, 4)).tolist()
+    script = """$("policy").value = arguments[0]; return arguments[1].map((state) => {
+        begin();
+        live.state = state;
+        for (draw(); live.steps < 500 && !fallen(live.state);) advance();
+        return live.steps; })"""
+    untrained, last = (np.array(browser.js(script, policy, starts)) for policy in (0, 7))
+    assert untrained.max() < 500 and (last == 500).sum() >= 99
+
+
+def test_pages_are_small_and_silent_and_show_what_there_is(solved, browser, tmp_path):
+    oracle("gymnasium")
+    small = {"num_envs": 8, "minibatch_size": 64, "eval_episodes": 4, "runs": str(tmp_path)}
+    short = thrust.train(thrust.Config(**small, num_steps=8, total_steps=64)).run
+    acrobot = thrust.Config(**small, env="Acrobot-v1", num_steps=64, total_steps=6144)
+    script = """return [document.documentElement.scrollWidth, $("live").checkVisibility(),
+        getComputedStyle($("chart")).color, document.querySelector("polyline").points.length]"""
+    for run, read, bar in (
+        (solved[0].run, "500 at 198,656 steps", "475 solves CartPole-v1"),
+        (short, "none yet", "195 solves CartPole-v0"),  # no episode has ended
+        (thrust.train(acrobot).run, r"-[\d.]+ at 6,144 steps", "-100 solves Acrobot-v1"),
+    ):
+        page, log = run / "page.html", np.genfromtxt(run / "log.csv", delimiter=",", names=True)
+        points = np.isfinite(log["mean_return"]).sum()
+        for width, scheme, ink in (1280, "light", "0, 0, 0"), (360, "dark", "255, 255, 255"):
+            browser.open(page, width, scheme, motion="no-preference")
+            browser.press(RIGHT + LEFT + "r ")
+            asked = [e for e in browser.logged("performance") if 'requestWillBeSent"' in e]
+            assert len(asked) == 1 and page.as_uri() in asked[0]
+            assert browser.logged("browser") == [] and page.stat().st_size < 500_000
+            assert re.fullmatch(read, browser.text("at"))
+            assert {bar, "environment steps"} < {*browser.text("chart").split("\n")}
+            assert browser.js(script) == [width, "CartPole" in bar, f"rgb({ink})", points]
+
+
+def test_buttons_and_keys_do_what_they_say(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    for id, key, newtons in (("left", LEFT, -40), ("right", RIGHT, 40)):
+        for push in browser.ways(id, key):
+            browser.js("begin()")  # or the pole might fall
+            push()
+            for extra in (newtons, 0):  # in one step, and not in the next
+                state, thought = browser.js("return [live.state, live.thought]")
+                force = extra + (10 if thought["right"] > 0.5 else -10)
+                expected = browser.js("return step(...arguments)", state, force)
+                assert browser.js("advance(); return live.state") == expected
+    for start_over in browser.ways("again", "r"):
+        before = browser.js("advance(); return live.state")
+        start_over()
+        state, steps = browser.js("return [live.state, live.steps]")
+        assert steps == 0 and state != before and 0 < np.abs(state).max() < 0.05
+    for toggle in browser.ways("pause", " "):
+        toggle()
+        browser.wait("live.steps > 5 && $('pause').textContent === 'Pause'")
+        toggle()
+        steps, right, value = browser.js("return [live.steps, ...Object.values(live.thought)]")
+        time.sleep(0.1)
+        shown = [browser.text(id) for id in ("pause", "status", "probability", "value")]
+        assert shown == ["Play", f"step {steps}", f"{right:.3f}", f"{value:.1f}"]
+        browser.press("r")
+    script = """return document.body.dispatchEvent(new KeyboardEvent("keydown",
+        {key: "ArrowLeft", bubbles: true, cancelable: true, [arguments[0]]: true}))"""
+    assert all(browser.js(script, key) for key in ("altKey", "ctrlKey", "metaKey"))  # not ours
+
+
+def test_the_slider_goes_over_seven_to_nine_moments_spread_over_training(solved, browser):
+    browser.open(solved[0].run / "page.html")
+    steps = browser.js("return policies.map((p) => p.steps)")
+    assert 7 <= len(steps) <= 9 and (steps[0], steps[-1]) == (0, 198_656)
+    assert min(np.diff(steps)) > 0 and max(np.diff(steps)) < 198_656 / 6
+
+
+def test_the_slider_goes_back_to_a_policy_that_falls_and_begins_anew(solved, browser):
+    browser.open(solved[0].run / "page.html", motion="no-preference")
+    browser.press(LEFT, at="#policy")  # moves the slider only
+    assert browser.js("return [$('policy').value, live.arrow]") == ["6", 0]
+    browser.press(HOME, at="#policy")
+    assert browser.text("age") == "0 steps"
+    browser.wait("$('status').textContent.startsWith('fell at step ')")
+    browser.wait("!fallen(live.state)")
+
+
+def test_the_pole_moves_fifty_times_a_second_and_waits_where_motion_is_reduced(solved, browser):
+    for motion, button, expected in (("reduce", "Play", 0), ("no-preference", "Pause", 50)):
+        browser.open(solved[0].run / "page.html", motion=motion)
+        assert browser.text("pause") == button
+        rates = []
+        while not rates or (len(rates) < 8 and rates[-1] < 0.9 * expected):  # a busy machine?
+            before = browser.js("return [live.steps, performance.now() / 1000]")
+            time.sleep(0.5)
+            after = browser.js("return [live.steps, performance.now() / 1000]")
+            rates.append((after[0] - before[0]) / (after[1] - before[1]))
+        assert abs(rates[-1] - expected) < 5
+
+
+def test_pointer_and_tap_read_a_value_off_the_curve(solved, browser):
+    browser.open(solved[0].run / "page.html", width=360)
+    labels = browser.driver.find_elements("css selector", "#chart text")
+    place = {label.text: label.rect for label in labels}
+    log = np.genfromtxt(solved[0].run / "log.csv", delimiter=",", names=True)
+    mouse, touch = ("Mouse", "mouseMoved"), ("Touch", "touchStart")
+    for (device, kind), steps in ((mouse, 0), (mouse, 100_000), (touch, 0)):
+        label = place["100K" if steps else "0"]
+        at = {"x": label["x"] + label["width"] / 2, "y": place["100K"]["y"] - 50}
+        browser.cdp(f"Input.dispatch{device}Event", {"type": kind, **at, "touchPoints": [at]})
+        value, count = map(float, browser.text("at").replace(",", "").split()[::2])
+        row = min(log, key=lambda row: abs(row["steps"] - steps))
+        assert [count, value] == pytest.approx([row["steps"], row["mean_return"]], abs=0.005)
+
+
+def test_names_cannot_end_the_pages_script(solved, browser, tmp_path):
+    saved, page = thrust.load_checkpoint(solved[0].run)[1], tmp_path / "page.html"
+    for evil in "</script><script>alert(1)</script>", "<!--<script>", "\"'\\`${P}":
+        config = json.dumps({**json.loads(saved["config"]), "env": f"module:{evil}"})
+        page.write_text(thrust.make_page({**saved, "config": config}), "utf-8")
+        browser.open(page)
+        shown = browser.js("return [document.title, $('name').textContent]")
+        assert shown == [f"module:{evil}, seed 0"] * 2 and browser.logged("browser") == []
+
+
+def breaks(num_envs):
+    """CartPoles that fail in their hundredth step."""
+    env = thrust.CartPole(num_envs)
+    steps = [env.step] * 99
+    env.step = lambda actions: steps.pop()(actions)
+    return env
+
+
+def test_a_run_that_was_stopped_has_the_page_of_its_last_checkpoint(browser, tmp_path):
+    for seconds, steps in ((0.0, 6144), (1e6, 0)):  # between checkpoints
+        knobs = {"checkpoint_seconds": seconds, "runs": str(tmp_path / str(steps))}
+        with pytest.raises(IndexError):
+            thrust.train(thrust.Config(env=f"{__name__}:breaks", **knobs))
+        (page,) = tmp_path.glob(f"{steps}/*/page.html")
+        browser.open(page)
+        assert browser.text("summary") == f"Trained by Thrust for {steps:,} of 200,000 steps."
+        assert browser.text("at").endswith(f" at {steps:,} steps" if steps else "none yet")
+        assert browser.logged("browser") == []

@@ -59,7 +59,6 @@ import argparse
 import base64
 import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -110,9 +109,7 @@ class Config:
 
     env: str = knob("CartPole", "CartPole, an id that Gymnasium knows, or module:callable")
     seed: int = knob(0, "the number that every random draw is derived from", 0)
-    num_envs: int = knob(
-        64, "environments of each rank (N); more: steadier gradients", 1, 10**6
-    )
+    num_envs: int = knob(64, "environments of each rank (N); many: little noise", 1, 10**6)
     num_steps: int = knob(32, "steps per rollout (T); few: shortsighted advantages", 1, 10**6)
     total_steps: int = knob(200_000, "steps to train for, of all environments and ranks", 1)
     minibatch_size: int = knob(512, "at most so many transitions per gradient step (M)", 3)
@@ -201,8 +198,8 @@ class Config:
 
 
 # Spaces say what observations and actions look like. Their attributes are those of Gymnasium's:
-# a Box holds arrays of real numbers from low to high, a Discrete whole numbers start ... start
-# + n - 1.
+# a Box holds arrays of numbers from low to high, a Discrete the whole numbers start ... start +
+# n - 1.
 Box = namedtuple("Box", "low high shape dtype", defaults=[np.float32])
 Discrete = namedtuple("Discrete", "n start shape dtype", defaults=[0, (), np.int64])
 
@@ -263,7 +260,7 @@ class CartPole:
         # The bitwise or of all actions is 0 or 1 if and only if each of them is.
         if not whole or np.bitwise_or.reduce(actions) not in (0, 1):
             raise ValueError(
-                f"actions must be ({self.num_envs},) integers 0 or 1; got {actions!r}"
+                f"actions must be {self.num_envs} integers, 0 or 1; got {actions!r}"
             )
 
         x, x_dot, theta, theta_dot = self._state  # (N,) each, and views: += changes the state
@@ -468,15 +465,16 @@ class ActorCritic(nn.Module):
         if self.continuous:
             # log π = -½·((a - output) / σ)² - log σ - ½·log 2π;  entropy = ½ + log σ + ½·log 2π
             log_scale = self.log_std + 0.5 * math.log(2 * math.pi)
-            logprob = -0.5 * ((action - outputs) / self.log_std.exp()).square() - log_scale
-            entropy = (0.5 + log_scale).expand_as(outputs)
+            error = (action - outputs) / self.log_std.exp()
+            logprob = (-0.5 * error.square() - log_scale).sum(1)
+            entropy = (0.5 + log_scale).sum().expand_as(value)
         else:
             # log π = log softmax(logits);  entropy = -Σ π·log π: log A where all A actions are
             # equally probable, 0 where one is certain
             logprobs = self._logits(outputs).log_softmax(-1)  # (k, n, A)
-            logprob = logprobs.gather(-1, action.unsqueeze(-1))  # (k, n, 1)
-            entropy = -(logprobs.exp() * logprobs)
-        return logprob.flatten(1).sum(1), entropy.flatten(1).sum(1), value
+            logprob = logprobs.gather(-1, action.unsqueeze(-1)).sum((1, 2))
+            entropy = -(logprobs.exp() * logprobs).sum((1, 2))
+        return logprob, entropy, value
 
     def value(self, obs):
         """V of each observation, (k,)."""
@@ -599,7 +597,7 @@ def put(target: np.ndarray, value, name: str):
     """Copies `value` into `target`. ValueError where its shape or kind differs: an assignment
     would broadcast or truncate in silence."""
     value = np.asarray(value)
-    alike = np.can_cast(value.dtype, target.dtype, "same_kind")
+    alike = value.dtype == target.dtype or np.can_cast(value.dtype, target.dtype, "same_kind")
     if value.shape != target.shape or not alike:
         expected, got = f"{target.dtype} {target.shape}", f"{value.dtype} {value.shape}"
         raise ValueError(f"{name} must be {expected}; got {got}")
@@ -890,17 +888,20 @@ class PPO:
 
     @torch.no_grad()
     def _estimate(self):
-        """log π_old(a|s), V(s) and V(s') of the whole rollout: (3, T, N). In pieces that stay
-        in the processor's cache: one of 2,048 rows took twice as long as four of 512. (V(s') is
-        mostly the next row's V(s); to compute all of it is simpler than to find where it is
-        not.)"""
-        r, estimates = self.rollout, []
-        whole = torch.from_numpy(r.obs), torch.from_numpy(r.next_obs), r.action
-        for piece in zip(*(tensor.flatten(0, 1).split(512) for tensor in whole)):
-            obs, next_obs, action = (tensor.to(self.config.device) for tensor in piece)
-            logprob, _, value = self.policy.evaluate(obs, action)
-            estimates.append(torch.stack([logprob, value, self.policy.value(next_obs)]))
-        return torch.cat(estimates, 1).cpu().numpy().reshape(3, *r.reward.shape)
+        """log π_old(a|s), V(s) and V(s') of the whole rollout, (T, N) each. In pieces that stay
+        in the processor's cache: one of 2,048 rows took twice as long as four of 512."""
+        r, device, estimates = self.rollout, self.config.device, []
+        whole = torch.from_numpy(r.obs).flatten(0, 1), r.action.flatten(0, 1)
+        for obs, action in zip(*(tensor.split(512) for tensor in whole)):
+            logprob, _, value = self.policy.evaluate(obs.to(device), action.to(device))
+            estimates.append(torch.stack([logprob, value]))
+        logprob, values = torch.cat(estimates, 1).cpu().numpy().reshape(2, *r.reward.shape)
+        # V(s') is the next row's V(s), but where the step led to something else
+        next_values, elsewhere = np.roll(values, -1, axis=0), r.terminated | r.truncated
+        elsewhere[-1] = True
+        reached = torch.from_numpy(r.next_obs[elsewhere]).to(device)
+        next_values[elsewhere] = self.policy.value(reached).cpu().numpy()
+        return logprob, values, next_values
 
     def _advantages(self, logprob, values, next_values):
         """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
@@ -932,7 +933,9 @@ class PPO:
             taken.append(stats)
         if getattr(self.policy, "normalizer", None):
             # Only now, so that actions were chosen, and were judged, by one function
-            self._count_in(self.policy.normalizer, batch.obs.flatten(1).double())
+            self._count_in(
+                self.policy.normalizer, batch.obs.reshape(len(batch.obs), -1).double()
+            )
         for name, tensor in self.policy.state_dict().items():
             if not tensor.isfinite().all():  # which NaN and infinity anywhere lead to
                 causes = "a learning rate that is too large, huge rewards (norm_reward scales "
@@ -963,8 +966,7 @@ class PPO:
         envs = self.envs.state() if self.ranks == 1 and hasattr(self.envs, "state") else {}
         state = {
             "policy": self.policy.state_dict(),
-            # (Adam's weights are the policy's.)
-            "adam": {"mean": self.adam.mean, "square": self.adam.square},
+            "adam": {"mean": self.adam.mean, "square": self.adam.square},  # its weights: above
             "rewards": self.reward_normalizer.state_dict(),
             "counts": [self.adam.steps, self.steps, self.episodes],
             "recent": torch.tensor(self.recent, dtype=torch.float64),
@@ -978,6 +980,7 @@ class PPO:
     def load_state_dict(self, state: dict):
         """Goes on from what `state_dict` returned; with new episodes where there are several
         ranks, or the environments have no `state`."""
+        state = copy.deepcopy(state)
         self.policy.load_state_dict(state["policy"])
         self.adam.mean.copy_(state["adam"]["mean"])
         self.adam.square.copy_(state["adam"]["square"])
@@ -986,13 +989,8 @@ class PPO:
         self.recent = state["recent"].tolist()
         if state["envs"] and self.ranks == 1:
             self.generator.set_state(state["generator"])
-            self.envs.set_state(
-                {name: tensor.numpy() for name, tensor in state["envs"].items()}
-            )
-            self.obs, self.running = (
-                state["obs"].numpy().copy(),
-                state["running"].numpy().copy(),
-            )
+            self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
+            self.obs, self.running = state["obs"].numpy(), state["running"].numpy()
         else:
             self.begin_episodes()
 
@@ -1096,9 +1094,7 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
                 if ended.any():
                     rows["final_obs"][ended] = np.stack(info["final_obs"][ended])
             elif command == RESET:
-                first = int(
-                    rows["seed"][0]
-                )  # its other environments count on from it; -1: none
+                first = int(rows["seed"][0])  # the others' follow from it; -1: none
                 put(rows["obs"], env.reset(seed=None if first < 0 else first)[0], "obs")
             elif command == GET_STATE:
                 for name, value in env.state().items():
@@ -1288,7 +1284,7 @@ class EnvPool:
 # ==============================================================================================
 # 7. Runs
 # ==============================================================================================
-# Needs: import csv, functools, hashlib, pathlib, pkgutil, zipfile; parts 1, 2, 3, 4, 5, 6, 9
+# Needs: import functools, hashlib, pathlib, pkgutil, zipfile; parts 1, 2, 3, 4, 5, 6, 9
 #
 # `train` is the loop at the end of part 5, with what makes a run hard to lose and easy to
 # follow.
@@ -1327,9 +1323,9 @@ def make_env(name: str, num_envs: int):
 def make_envs(config: Config, num_envs: int):
     """The environments of `config`, in workers if it has any. To be closed after use."""
     make, workers = functools.partial(make_env, config.env), min(config.workers, num_envs)
-    return (
-        EnvPool(make, num_envs, workers, timeout=config.timeout) if workers else make(num_envs)
-    )
+    if not workers:
+        return make(num_envs)
+    return EnvPool(make, num_envs, workers, timeout=config.timeout)
 
 
 def evaluate(policy, envs, seed: int, limit: int = 10_000):
@@ -1442,11 +1438,10 @@ class Run:
         told, config, now = self.told, self.learner.config, time.monotonic()
         told["seconds"], self.clock = told["seconds"] + now - self.clock, now
         row = {**row, "seconds": told["seconds"]}
-        with open(self.log, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
+        with open(self.log, "a") as file:
             if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+                print(*row, sep=",", file=file)
+            print(*row.values(), sep=",", file=file)
         steps, mean = row["steps"], row["mean_return"]
         if row["update"] % told["stride"] == 0:
             told["curve"].append([steps, mean])
@@ -1466,7 +1461,8 @@ class Run:
 
     def keep_snapshot(self):
         """Keeps the policy at eight moments, first and last included, for the page."""
-        if self.learner.updates >= len(self.snapshots) * self.updates / 7:
+        count = len(self.snapshots)
+        if count < 8 and self.learner.updates >= count * self.updates / 7:
             policy = copy.deepcopy(self.learner.policy.state_dict())
             self.snapshots.append({"steps": self.learner.steps, "policy": policy})
 
@@ -1495,10 +1491,9 @@ Result = namedtuple("Result", "policy returns run")
 def process_group(device: str):
     """Joins the other ranks, if torchrun started this process and nobody has joined them
     yet."""
-    group = torch.distributed
-    ours = (
-        group.is_available() and group.is_torchelastic_launched() and not group.is_initialized()
-    )
+    group, ours = torch.distributed, False
+    if group.is_available() and group.is_torchelastic_launched():
+        ours = not group.is_initialized()
     if ours:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -1610,7 +1605,7 @@ def main(argv=None):
 # ==============================================================================================
 # 9. Page
 # ==============================================================================================
-# Needs: import base64, json, math, sys; parts 1, 2, 3, 4, 5, 6, 7
+# Needs: import base64, json, sys; parts 1, 2, 3, 4, 5, 6, 7
 #
 # People would rather look than read a log. So a run has a page: one HTML file that loads
 # nothing from anywhere, with the learning curve and, for CartPole, the policy at work. The
@@ -1624,24 +1619,20 @@ PAGE = r"""<!doctype html>
 <title>Thrust</title>
 <style>
   :root { color-scheme: light dark; --accent: #2f80ed; accent-color: var(--accent); }
-  body { max-width: 44rem; margin: 0 auto; padding: 2rem 1rem; overflow-wrap: anywhere;
+  body { max-width: 44rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere;
     font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
-  h1 { margin: 0; letter-spacing: -0.02em; }
-  section { margin-top: 2rem; }
-  button { padding: 0.5rem 0.9rem; font: inherit; }
-  label { display: flex; justify-content: space-between; margin-top: 1rem; }
-  input, svg, progress { display: block; width: 100%; }
-  small, svg text { opacity: 0.75; font-size: 0.8rem; }
-  svg { overflow: visible; touch-action: pan-y; }
-  text { fill: currentColor; }
-  path, line { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; }
+  button { margin: 0.2rem 0; padding: 0.5rem 0.9rem; font: inherit; }
+  label { display: flex; flex-wrap: wrap; column-gap: 1rem; margin-top: 1rem; }
+  output { margin-left: auto; }
+  input, svg, progress { display: block; width: 100%; touch-action: pan-y; }
+  small, text { opacity: 0.75; font-size: 0.8rem; }
+  text { fill: currentColor; stroke: Canvas; stroke-width: 4; paint-order: stroke; }
+  path, polyline { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke; }
   .faint { opacity: 0.25; }
   .dashed { opacity: 0.6; stroke-dasharray: 4 4; }
-  .accent { stroke: var(--accent); stroke-width: 2; }
-  #pole { stroke: var(--accent); stroke-width: 0.07; stroke-linecap: round;
-    vector-effect: none; }
+  .accent { fill: none; stroke: var(--accent); stroke-width: 2; }
+  #pole { stroke-width: 0.07; stroke-linecap: round; vector-effect: none; }
 </style>
-<small>Thrust</small>
 <h1 id="name"></h1>
 <p id="summary"></p>
 <section id="live" hidden>
@@ -1651,30 +1642,28 @@ PAGE = r"""<!doctype html>
       <rect x="-.27" y="-.22" width=".54" height=".2" rx=".03" fill="currentColor"/>
       <path class="dashed" d="M-.234 -1.32L0 -.22L.234 -1.32"/>
       <path id="push" class="accent" d="M.35 -.12H.75M.65 -.18L.75 -.12L.65 -.06"/>
-      <g transform="translate(0 -.22)"><line id="pole" y2="-1"/></g>
+      <g transform="translate(0 -.22)"><path id="pole" class="accent" d="M0 0V-1"/></g>
     </g>
   </svg>
   <p><button id="left">← Push</button> <button id="right">Push →</button>
-    <button id="pause">Pause</button> <button id="again">Start over</button>
+    <button id="pause">Play</button> <button id="again">Start over</button>
     <output id="status"></output></p>
   <label>The policy after <output id="age"></output></label>
   <input id="policy" type="range" min="0" aria-label="the policy, earlier or later in training">
   <label>Probability of a push to the right <output id="probability"></output></label>
   <progress id="bar"></progress>
-  <label>Value: the discounted reward expected from here <output id="value"></output></label>
+  <label>Value: discounted reward to come <output id="value"></output></label>
   <label>Position, velocity, angle, angular velocity <output id="state"></output></label>
   <p><small>Keys: ← and → push with 40 N for one step, on top of the policy's own 10 N; space
     pauses; R starts over. The policy takes the more probable action. The game is lost beyond
     the dashed lines, 12°, or the ends of the track, 2.4 m.</small></p>
 </section>
-<section id="curve" hidden>
-  <label>Mean return of the last 100 episodes <output id="at"></output></label>
-  <svg id="chart" height="300"></svg>
-</section>
+<label>Mean return of the last 100 episodes <output id="at"></output></label>
+<svg id="chart" height="304"></svg>
 <script>
 "use strict";
 const run = RUN_DATA, P = run.physics, $ = (id) => document.getElementById(id);
-const format = (x, digits = 1) => x.toLocaleString("en", {maximumFractionDigits: digits});
+const format = (x, notation) => x.toLocaleString("en", {notation, maximumFractionDigits: 2});
 
 // CartPole.step, operation for operation; `force` in newtons
 function step([x, speed, angle, spin], force) {
@@ -1714,95 +1703,88 @@ function think({weights, mean, std}, state) {
 const live = {};
 function begin() {
   live.state = [0, 0, 0, 0].map(() => Math.random() * 0.1 - 0.05);
-  Object.assign(live, {policy: policies[$("policy").value], steps: 0, push: 0, rest: 50});
+  live.policy = policies[$("policy").value];
+  Object.assign(live, {steps: 0, push: 0, arrow: 0, rest: 50});
   draw();
 }
 function advance() {
   if (fallen(live.state)) return --live.rest || begin();  // after a second on the ground
-  live.state = step(live.state, (live.thought.right > 0.5 ? 10 : -10) + 40 * live.push);
-  live.steps += 1;
-  live.push = 0;
+  const force = P.FORCES[live.thought.right > 0.5 ? 1 : 0] + 40 * live.push;
+  Object.assign(live, {state: step(live.state, force), steps: live.steps + 1, push: 0});
+  draw();
+}
+function push(arrow) {
+  Object.assign(live, {push: live.push + arrow, arrow, shown: live.steps + 15});
   draw();
 }
 function draw() {
-  const {state, steps, policy} = live;
-  live.thought = think(policy, state);
-  const {right, value} = live.thought;
-  if (live.push) live.arrow = {push: live.push, until: steps + 15};
-  const arrow = steps < live.arrow?.until ? live.arrow.push : 0;
+  const {state, steps, policy} = live, {right, value} = live.thought = think(policy, state);
   $("cart").setAttribute("transform", `translate(${state[0]})`);
   $("pole").setAttribute("transform", `rotate(${state[2] * 180 / Math.PI})`);
-  $("push").setAttribute("transform", `scale(${Math.sign(arrow)} 1)`);
+  $("push").setAttribute("transform", `scale(${steps < live.shown ? live.arrow : 0} 1)`);
   $("status").textContent = `${fallen(state) ? "fell at step" : "step"} ${format(steps)}`;
-  $("age").textContent = `${format(policy.steps)} steps of training`;
+  $("age").textContent = `${format(policy.steps)} steps`;
   $("probability").textContent = right.toFixed(3);
   $("bar").value = right;
   $("value").textContent = value.toFixed(1);
   $("state").textContent = state.map((x) => x.toFixed(2)).join(", ");
 }
-function play(running) {
-  clearInterval(live.timer);
-  live.timer = running ? setInterval(advance, 20) : 0;
-  $("pause").textContent = running ? "Pause" : "Play";
+function toggle() {
+  live.timer = live.timer ? clearInterval(live.timer) : setInterval(advance, 20);
+  $("pause").textContent = live.timer ? "Pause" : "Play";
 }
-const push = (arrow) => { live.push += arrow; draw(); };
-const buttons = {left: () => push(-1), right: () => push(1), pause: () => play(!live.timer),
-  again: begin};
-const keys = {ArrowLeft: "left", ArrowRight: "right", " ": "pause", r: "again"};
-document.onkeydown = (event) => {
-  if (event.target.closest("input, button") || !keys[event.key] || event.ctrlKey) return;
+const buttons = {left: () => push(-1), right: () => push(1), pause: toggle, again: begin};
+const keys = {ArrowLeft: "left", ArrowRight: "right", " ": "pause", r: "again", R: "again"};
+function press(event) {
+  const taken = event.target.closest(event.key === " " ? "button" : "input");
+  if (taken || event.ctrlKey || event.altKey || event.metaKey || !keys[event.key]) return;
   event.preventDefault();
   buttons[keys[event.key]]();
-};
-
-function ticks(end, most) {  // round numbers up to `end`
-  const power = 10 ** Math.floor(Math.log10(end / most));
-  const gap = power * [1, 2, 5, 10].find((f) => f * power >= end / most);
-  return Array.from({length: Math.floor(end / gap) + 1}, (_, i) => i * gap);
 }
-function chart(event) {
-  const points = run.curve.filter(([, y]) => !isNaN(y)), end = run.curve.at(-1)[0];
-  const ys = [0, ...points.map(([, y]) => y), ...run.bars.map(([bar]) => bar)];
-  const low = Math.min(...ys), high = Math.max(...ys, low + 1);
-  const box = $("chart").getBoundingClientRect();
-  const x = (steps) => 44 + steps / end * (box.width - 60);
-  const y = (value) => 260 - (value - low) / (high - low) * 240;
-  const text = (x, y, anchor, what) =>
-    `<text x="${x}" y="${y}" text-anchor="${anchor}">${what}</text>`;
-  const rule = (value, kind) => `<path class="${kind}" d="M44 ${y(value)}H${box.width - 16}"/>`;
-  const pointed = event ? (event.clientX - box.left - 44) / (box.width - 60) * end : end;
-  const read = points.reduce((best, p) =>
-    Math.abs(p[0] - pointed) < Math.abs(best[0] - pointed) ? p : best, points[0] ?? [end, NaN]);
-  $("at").textContent = points.length
-    ? `${format(read[1])} at ${format(read[0])} steps` : "no episode has ended yet";
+
+function ticks(low, high, most) {  // round numbers, from `low` or a little below
+  const least = (high - low) / most, power = 10 ** Math.floor(Math.log10(least));
+  const gap = power * [1, 2, 5, 10].find((f) => f * power >= least);
+  const first = Math.floor(low / gap), last = Math.floor(high / gap);
+  return Array.from({length: last - first + 1}, (_, i) => (first + i) * gap);
+}
+function chart({clientX = 1e6} = {}) {  // with the value at the pointer, or else the last
+  const points = run.curve.filter(([, value]) => !isNaN(value));
+  const values = [0, 1, ...points.map(([, value]) => value), ...run.bars.map(([bar]) => bar)];
+  const high = Math.max(...values), rows = ticks(Math.min(...values), high, 6);
+  const box = $("chart").getBoundingClientRect(), right = box.width - 20;
+  const x = (steps) => 44 + steps / run.end * (right - 44);
+  const y = (value) => 20 + (high - value) / (high - rows[0]) * 240;
+  const text = (x, y, at, what) => `<text x="${x}" y="${y}" text-anchor="${at}">${what}</text>`;
+  const short = (value) => format(value, "compact");
+  const rule = (value, kind) => `<path class="${kind}" d="M44 ${y(value)}H${right}"/>`;
+  const far = ([steps]) => Math.abs(box.left + x(steps) - clientX);
+  const read = points.reduce((best, p) => far(p) < far(best) ? p : best, points[0]);
+  $("at").textContent = read ? `${format(read[1])} at ${format(read[0])} steps` : "none yet";
   $("chart").innerHTML = [
-    ...ticks(high - low, 6).map((v) => rule(v + low, "faint")
-      + text(36, y(v + low) + 4, "end", format(v + low))),
-    ...ticks(end, box.width / 90).map((s) => text(x(s), 280, "middle", format(s))),
+    ...rows.map((v) => rule(v, "faint") + text(36, y(v) + 4, "end", short(v))),
+    ...ticks(0, run.end, right / 80).map((v) => text(x(v), 280, "middle", short(v))),
+    text(right, 298, "end", "environment steps"),
+    `<polyline class="accent" points="${points.map(([s, v]) => [x(s), y(v)]).join(" ")}"/>`,
+    read ? `<circle class="accent" cx="${x(read[0])}" cy="${y(read[1])}" r="4"/>` : "",
     ...run.bars.map(([bar, name]) => rule(bar, "dashed")
-      + text(52, y(bar) - 6, "start", `${bar}: ${name}`)),
-    `<path class="accent" d="M${points.map(([s, v]) => `${x(s)} ${y(v)}`).join("L")}"/>`,
-    `<path class="dashed" d="M${x(read[0])} 20V260"/>`,
-    text(box.width - 16, 298, "end", "environment steps"),
+      + text(right, y(bar) + (y(bar) < 140 ? 16 : -6), "end", `${bar} solves ${name}`)),
   ].join("");
 }
 
-document.title = `${run.name} · Thrust`;
-$("name").textContent = run.name;
+$("name").textContent = document.title = run.name;
 $("summary").textContent = run.summary;
 if (policies.length) {
   for (const id in buttons) $(id).onclick = buttons[id];
+  document.onkeydown = press;
   $("policy").max = $("policy").value = policies.length - 1;
   $("policy").oninput = begin;
   $("live").hidden = false;
   begin();
-  play(!matchMedia("(prefers-reduced-motion: reduce)").matches);
+  if (!matchMedia("(prefers-reduced-motion: reduce)").matches) toggle();
 }
-if (run.curve.length) {
-  $("curve").hidden = false;
-  $("chart").onpointermove = $("chart").onpointerdown = chart;
-  new ResizeObserver(() => chart()).observe($("chart"));
-}
+$("chart").onpointermove = $("chart").onpointerdown = chart;
+new ResizeObserver(() => chart()).observe($("chart"));
 </script>
 </html>
 """
@@ -1811,32 +1793,29 @@ if (run.curve.length) {
 def make_page(saved: dict) -> str:
     """The page of a run, as HTML, from what its checkpoint holds."""
     config, told = Config(**json.loads(saved["config"])), json.loads(saved["told"])
-    steps = saved["learner"]["counts"][1]
-    last = steps, saved["learner"]["policy"]
-    bars = list(BARS.items())
-    if config.env != "CartPole":  # if it is one of Gymnasium's, that is imported by now
+    steps, bars, policies = saved["learner"]["counts"][1], list(BARS.items()), []
+    moments = [(m["steps"], m["policy"]) for m in saved["snapshots"] if m["steps"] < steps]
+    moments.append((steps, saved["learner"]["policy"]))
+    if config.env != "CartPole":  # Gymnasium, if it is used, has been imported by now
         spec = getattr(sys.modules.get("gymnasium"), "registry", {}).get(config.env)
         threshold = getattr(spec, "reward_threshold", None)
-        bars = [] if threshold is None else [(threshold, f"solves {config.env}")]
-    shown = saved["snapshots"][:: math.ceil(len(saved["snapshots"]) / 8)]
-    policies = []
-    for at, policy in [(s["steps"], s["policy"]) for s in shown if s["steps"] < steps] + [last]:
-        arrays = [w.cpu().flatten() for k, w in policy.items() if k[:5] in ("actor", "criti")]
+        bars, moments = [] if threshold is None else [(threshold, config.env)], []
+    for at, policy in moments:
+        names = [name for name in policy if name.startswith(("actor", "critic"))]
+        arrays = [policy[name].cpu().flatten() for name in names]
         weights = base64.b64encode(torch.cat(arrays).numpy().tobytes()).decode()
         mean, var = (policy.get(f"normalizer.{k}", torch.ones(0)) for k in ("mean", "var"))
-        std = var.clamp(min=1e-8).sqrt().tolist()
-        policies.append({"steps": at, "weights": weights, "mean": mean.tolist(), "std": std})
-    constants = {
-        k: float(v) for k, v in vars(CartPole).items() if k.isupper() and k != "FORCES"
-    }
+        scale = {"mean": mean.tolist(), "std": var.clamp(min=1e-8).sqrt().tolist()}
+        policies.append({"steps": at, "weights": weights, **scale})
     data = {
         "name": f"{config.env}, seed {config.seed}",
-        "summary": f"{steps:,} of {config.total_steps:,} steps of training",
+        "summary": f"Trained by Thrust for {steps:,} of {config.total_steps:,} steps.",
         "curve": told["curve"],
+        "end": max(steps, config.total_steps),
         "bars": bars,
-        "physics": constants,
+        "physics": {k: v.tolist() for k, v in vars(CartPole).items() if hasattr(v, "tolist")},
         "hidden": config.hidden,
-        "policies": policies if config.env == "CartPole" else [],
+        "policies": policies,
     }
     # In a string, < is as good as \u003c, but </script> would end the script.
     return PAGE.replace("RUN_DATA", json.dumps(data).replace("<", "\\u003c"))
