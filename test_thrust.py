@@ -666,7 +666,7 @@ def test_what_would_be_broadcast_or_cut_off_is_refused_by_name(name, value):
     rollout = thrust.Rollout(4, np.zeros((2, 4), np.float32), torch.zeros(2))
     step = {"obs": np.zeros((2, 4), np.float32), "reward": np.zeros(2)}
     step |= {"terminated": np.zeros(2, bool), "truncated": np.zeros(2, bool), "info": {}}
-    with pytest.raises(ValueError, match=f"{name} must be .*; got"):
+    with pytest.raises(ValueError, match=rf"{name} must be .*; got"):
         rollout.add(0, **{**step, name: value})
 
 
@@ -1051,7 +1051,7 @@ def gymnasium_cartpole(num_envs):
 
 
 class Faulty(NamedTuple):
-    """A make_env: in worker 1, `code` deals with what a method returned, or with [env]."""
+    """A make_env: in worker 1, `code` may change a method's result, or [env] as it is made."""
 
     code: str
     moment: str = "step"
@@ -1115,6 +1115,7 @@ def test_gymnasiums_environments_run_in_a_pool_and_have_an_empty_state(workers):
     oracle("gymnasium")
     with pool_and_reference(gymnasium_cartpole, 4, workers) as both:
         assert all(check_same(*both, 200) > 5) and both[0].state() == {}
+        both[0].set_state({}), both[0].reset()
 
 
 @np.printoptions(precision=3, threshold=2)
@@ -1184,11 +1185,13 @@ def test_calls_out_of_order_are_one_sentence_and_change_nothing():
 
 def test_a_pool_that_is_closed_has_no_workers_and_refuses_every_call():
     with contextlib.suppress(KeyError), start_pool(thrust.CartPole, 8, 2) as pool:
+        processes = mp.active_children()
+        pool.reset(seed=0), pool.send(ZEROS)
         raise KeyError
-    assert not mp.active_children()
+    assert [process.exitcode for process in processes] == [0, 0]
     pool.close(), pool.close()
     check_refused(pool, "this pool is closed")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"^this pool is closed$"):
         pool.recv()
 
 
@@ -1230,9 +1233,14 @@ CASES = [(*fault, "step", method) for fault in FAULTS for method in METHODS]
 CASES += [(*fault, at, METHODS[0]) for fault in FAULTS[:2] for at in ("make", "reset")]
 MISFITS = [
     ("result[0] = result[0][:, :3]", "obs must be float32 (4, 4); got float32 (4, 3)"),
+    ("result[0] = result[0][:3]", "obs must be float32 (4, 4); got float32 (3, 4)"),
     ("result[1] = result[1][:, None]", "reward must be float64 (4,); got float64 (4, 1)"),
     ("result[2] = result[2] / 1", "terminated must be bool (4,); got float64 (4,)"),
     ("result[3] = False", "truncated must be bool (4,); got bool ()"),
+    (
+        "result[2:] = result[2] | True, result[3], {'final_obs': np.zeros((4, 1), 'f')}",
+        "final_obs must be float32 (4, 4); got float32 (4, 1)",
+    ),
     ("result[0].metadata = {'autoreset_mode': 'NextStep'}", "must be SAME_STEP, not NextStep"),
 ]
 
@@ -1274,38 +1282,34 @@ def test_a_pool_with_a_stopped_worker_closes_within_seconds():
 
 
 PROGRAM = """
-import signal, time, thrust
+import contextlib, os, signal, threading, time, thrust
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
     pools = [thrust.EnvPool({make_env}, 8, 2, start_method=m) for m in {methods}]
     for pool in pools:
         pool.reset(seed=0), pool.send([0] * 8)
-    print("ready", flush=True)
     {code}
 """
 
 
-def run_program(folder, code, end, make_env="thrust.CartPole", methods=("fork", "forkserver")):
-    """Runs PROGRAM, and `end`, given its pid, once it is ready. All must then go within
-    seconds. Returns its exit code and stderr."""
+def run_program(folder, code, make_env="thrust.CartPole", methods=("fork", "forkserver")):
+    """Runs PROGRAM: (exit code, stderr). Seconds later none of its processes may be left."""
     path, running = folder / "program.py", True
     path.write_text(PROGRAM.format(**locals()))
     process = subprocess.Popen(
-        [sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)}, start_new_session=True,
+        [sys.executable, path], stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
     )  # fmt: skip
     try:
-        assert process.stdout.readline() == "ready\n"
-        end(process.pid)
-        until = time.monotonic() + 15
-        while running := process.poll() is None or group(process.pid):
+        code, until = process.wait(60), time.monotonic() + 10
+        while running := group(process.pid):
             assert time.monotonic() < until, running
             time.sleep(0.02)
     finally:
         if running:
             os.killpg(process.pid, signal.SIGKILL)
         print(error := process.communicate()[1])
-    return process.returncode, error
+    return code, error
 
 
 def group(number):
@@ -1320,19 +1324,21 @@ def group(number):
 @LINUX
 def test_workers_end_with_a_learner_that_is_killed_even_if_they_are_stuck(tmp_path):
     stuck = f"__import__({HERE.stem!r}).Faulty('while True: pass')"
-    ended = run_program(tmp_path, "time.sleep(60)", lambda pid: os.kill(pid, 9), stuck, METHODS)
-    assert ended[0] == -signal.SIGKILL
+    code, _ = run_program(tmp_path, "time.sleep(0.1), os.kill(os.getpid(), 9)", stuck, METHODS)
+    assert code == -signal.SIGKILL
 
 
 @LINUX
 def test_workers_end_with_a_program_that_never_closes_its_pools(tmp_path):
-    assert run_program(tmp_path, "pools[0].recv()", end=group) == (0, "")
+    assert run_program(tmp_path, "pools[0].recv()") == (0, "")
 
 
 @LINUX
-def test_ctrl_c_is_one_traceback_from_the_learner(tmp_path):
-    loop = "while True: [(pool.recv(), pool.send([0] * 8)) for pool in pools]"
-    code, error = run_program(tmp_path, loop, lambda pid: (time.sleep(0.2), os.killpg(pid, 2)))
+def test_ctrl_c_concerns_only_the_learner_and_is_one_traceback(tmp_path):
+    program = """with contextlib.suppress(KeyboardInterrupt): os.killpg(0, 2), time.sleep(9)
+    threading.Timer(0.2, os.killpg, [0, 2]).start()
+    while True: [(pool.recv(), pool.send([0] * 8)) for pool in pools]"""
+    code, error = run_program(tmp_path, program)
     assert code == -signal.SIGINT and error.endswith("\nKeyboardInterrupt\n")
     assert error.count("Traceback") == 1 and error.count("KeyboardInterrupt") == 1
 

@@ -73,7 +73,6 @@ import sys
 import threading
 import time
 import traceback
-import weakref
 import zipfile
 from collections import namedtuple
 from typing import Any, NamedTuple
@@ -604,6 +603,14 @@ def put(target: np.ndarray, value, name: str):
     np.copyto(target, value, casting="same_kind")
 
 
+def put_final_obs(target: np.ndarray, info: dict, ended: np.ndarray):
+    """Copies into the rows `ended` of `target` the observations that their episodes ended with.
+    (Gymnasium gives an array of objects, in which only these rows are arrays.)"""
+    reached = target[ended]
+    put(reached, np.stack(info["final_obs"][ended]), "final_obs")
+    target[ended] = reached
+
+
 def require_same_step(envs):
     """ValueError unless `envs` begins a new episode in the step that ends one."""
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
@@ -631,8 +638,8 @@ class Rollout:
         put(self.terminated[t], terminated, "terminated")
         put(self.truncated[t], truncated, "truncated")
         ended = (self.terminated[t] | self.truncated[t]).nonzero()[0]
-        if len(ended):  # (in Gymnasium's final_obs, only their rows are arrays)
-            self.next_obs[t, ended] = np.stack(info["final_obs"][ended])
+        if len(ended):
+            put_final_obs(self.next_obs[t], info, ended)
         return ended
 
 
@@ -812,6 +819,8 @@ class PPO:
             raise ValueError(f"config.num_envs is {config.num_envs}, envs has {envs.num_envs}")
         self.envs, self.config, self.ranks = envs, config, num_ranks()
         self.rank = torch.distributed.get_rank() if self.ranks > 1 else 0
+        if config.num_updates < self.ranks:
+            raise ValueError(f"total_steps is less than one rollout of all {self.ranks} ranks")
         if policy is None:
             spaces = envs.single_observation_space, envs.single_action_space
             seed, *_ = derive_seeds(config.seed, 0)  # rank 0's: all ranks start alike
@@ -847,7 +856,7 @@ class PPO:
             estimates = self._estimate()  # 2. Value; and how probable each action was.
             batch = self._advantages(*estimates)  # 3. Advantage.
             # The rate is full at the first update, and not yet zero at the last.
-            left = 1 - self.updates / max(1, config.num_updates // self.ranks)
+            left = 1 - self.updates / (config.num_updates // self.ranks)
             rate = config.learning_rate * (max(0.0, left) if config.anneal else 1.0)
             stats = self._improve(batch, rate)  # 4. Improve.
         self.steps += config.batch_size * self.ranks
@@ -1007,7 +1016,7 @@ class PPO:
 # ==============================================================================================
 # 6. EnvPool
 # ==============================================================================================
-# Needs: import multiprocessing as mp, os, signal, threading, time, traceback, weakref; part 4
+# Needs: import multiprocessing as mp, os, signal, threading, time, traceback; part 4
 #
 # An environment written in Python uses one core, however many there are. The pool splits N
 # environments over W worker processes, each of which steps a slice of its own:
@@ -1090,9 +1099,9 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
                 *results, info = env.step(rows["action"])
                 for name, value in zip(("obs", "reward", "terminated", "truncated"), results):
                     put(rows[name], value, name)
-                ended = rows["terminated"] | rows["truncated"]
-                if ended.any():
-                    rows["final_obs"][ended] = np.stack(info["final_obs"][ended])
+                ended = (rows["terminated"] | rows["truncated"]).nonzero()[0]
+                if len(ended):
+                    put_final_obs(rows["final_obs"], info, ended)
             elif command == RESET:
                 first = int(rows["seed"][0])  # the others' follow from it; -1: none
                 put(rows["obs"], env.reset(seed=None if first < 0 else first)[0], "obs")
@@ -1109,10 +1118,8 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
         raise SystemExit(1) from None
 
 
-def end_workers(workers: list, command: np.ndarray, owner: int):
+def end_workers(workers: list, command: np.ndarray):
     """Tells the workers to close, and kills those that have not ended in a second."""
-    if os.getpid() != owner:  # a fork of the learner, with a copy of its pool
-        return
     command[:], deadline = CLOSE, time.monotonic() + 1
     try:
         for _, go, _, _ in workers:
@@ -1173,9 +1180,11 @@ class EnvPool:
         shared_state = {name: share(a.shape[1:], a.dtype) for name, a in state.items()}
         self._arrays, self._state = as_arrays(shared), as_arrays(shared_state)
         self._workers: list = []  # of (process, go, done, report)
-        command, owner = self._arrays["command"], os.getpid()
-        # May be called again; called by itself when the pool is forgotten, or the program ends
-        self.close = weakref.finalize(self, end_workers, self._workers, command, owner)
+        # Called by you, when the pool is forgotten, or when the program ends: as in Python's
+        # own Pool, before workers are waited for. Does nothing again, or in a fork of the
+        # learner.
+        ending = self._workers, self._arrays["command"]
+        self.close = mp.util.Finalize(self, end_workers, ending, exitpriority=10)
         try:
             bounds = [num_envs * w // workers for w in range(workers + 1)]
             for w, (first, stop) in enumerate(zip(bounds, bounds[1:])):
@@ -1229,10 +1238,12 @@ class EnvPool:
 
     def set_state(self, state: dict[str, np.ndarray]):
         """Goes on from what `state` returned, with this or another number of workers."""
-        for name, array in self._state.items():
-            put(array, state[name], name)
-        self._begin(SET_STATE)
-        self._finish(SET_STATE)
+        if self._state:
+            self._require(None)
+            for name, array in self._state.items():
+                put(array, state[name], name)
+            self._begin(SET_STATE)
+            self._finish(SET_STATE)
 
     def __enter__(self):
         return self
@@ -1240,11 +1251,19 @@ class EnvPool:
     def __exit__(self, *exception):
         self.close()
 
+    def _require(self, pending):
+        """RuntimeError unless the pool is open, and `pending` is what is under way."""
+        if not self.close.still_active():
+            raise RuntimeError("this pool is closed")
+        if self._pending != pending:
+            under_way = "a send() is under way: call recv() first"
+            raise RuntimeError(
+                under_way if pending is None else "recv() needs a send() before it"
+            )
+
     def _begin(self, command, **arguments):
         """Writes the arguments into their arrays, and starts `command` in all workers."""
-        if not self.close.alive or self._pending is not None:
-            why = "a send() is under way: call recv() first"
-            raise RuntimeError(why if self.close.alive else "this pool is closed")
+        self._require(None)
         for name, value in arguments.items():
             put(self._arrays[name], value, name)
         self._arrays["command"][:] = self._pending = command
@@ -1253,8 +1272,7 @@ class EnvPool:
 
     def _finish(self, command):
         """Waits for what `_begin` began."""
-        if self._pending != command:
-            raise RuntimeError("recv() needs a send() before it")
+        self._require(command)
         try:
             self._wait(DOING[command], self.timeout)
         except BaseException:  # Ctrl-C too: workers and learner are out of step from here on
