@@ -47,7 +47,7 @@ together; usually there is one.
     N  environments played side by side         γ  discount: a reward k steps away counts γᵏ
     T  steps of each of them in a rollout       λ  how much advantages rely on rewards seen,
     B  = T·N, the transitions in a rollout         rather than on expected ones (part 4)
-    M  transitions in a minibatch               ε  how far a probability may move (part 5)
+    M  transitions in a minibatch               ε  how far a probability is pushed (part 5)
     O  numbers in an observation                δ  one step's surprise (part 4)
     A  actions to choose from                   V, Â  estimated value and advantage
 
@@ -74,7 +74,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import namedtuple
+from collections import deque, namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,8 +93,9 @@ from torch import nn
 # 64, T = 32 and M = 512 are large for so small a game: at these sizes a call into torch costs
 # as much as its arithmetic, so large batches are cheap. The learning rate is twenty times the
 # common 3e-4: CartPole can be learned in large steps, as long as the rate then falls towards
-# zero for careful ones. γ was taken over from RL-Zoo, a collection of tuned settings. 1e38 is
-# what a float32 can hold.
+# zero for careful ones. γ was taken over from RL-Zoo, a collection of tuned settings. 1e30
+# stands for any finite number; a minibatch of 3 is never split into ones, which would have no
+# deviation.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -111,15 +112,15 @@ class Config:
     num_envs: int = knob(64, "environments of each rank (N); many: little noise", 1, 10**6)
     num_steps: int = knob(32, "steps per rollout (T); few: shortsighted advantages", 1, 10**6)
     total_steps: int = knob(200_000, "steps to train for, of all environments and ranks", 1)
-    minibatch_size: int = knob(512, "at most so many transitions per gradient step (M)", 3)
+    minibatch_size: int = knob(512, "transitions per gradient step, or fewer (M)", 3)
     epochs: int = knob(3, "passes over a rollout; many: its data no longer fits the policy", 1)
-    learning_rate: float = knob(6e-3, "Adam's; too large: what was learned is lost", 0, 1e38)
+    learning_rate: float = knob(6e-3, "Adam's; too large: what was learned is lost", 0, 1e30)
     anneal: bool = knob(True, "lower the learning rate, update by update, towards 0")
     gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count", 0, 1)
     gae_lambda: float = knob(0.95, "λ; 0: trust expected rewards, 1: only rewards seen", 0, 1)
-    clip: float = knob(0.2, "ε; an update pushes no probability further than this share", 0, 1)
-    ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore more", 0, 1e38)
-    vf_coef: float = knob(0.5, "weight of the value network's squared error", 0, 1e38)
+    clip: float = knob(0.2, "ε; what has moved by this share is pushed no further", 0, 1)
+    ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore more", 0, 1e30)
+    vf_coef: float = knob(0.5, "weight of the value network's squared error", 0, 1e30)
     max_grad_norm: float = knob(0.5, "longer gradients are scaled down to this length", 0)
     target_kl: float = knob(math.inf, "end an update once the policy has moved this far", 0)
     norm_obs: bool = knob(False, "shift and scale observations by their mean and deviation")
@@ -157,9 +158,8 @@ class Config:
             if not fits:
                 rule = kind.__name__ + ("" if low is None else f", from {low} to {high}")
                 raise ValueError(f"{name} must be of type {rule}; got {value!r}")
-        for name, most in ("workers", self.num_envs), ("minibatch_size", self.batch_size):
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}; got {getattr(self, name)}")
+        if self.workers > self.num_envs:
+            raise ValueError(f"workers must be at most {self.num_envs}; got {self.workers}")
         if self.num_updates < 1:
             one = f"one rollout, num_envs * num_steps = {self.batch_size}"
             raise ValueError(f"total_steps must be at least {one}; got {self.total_steps}")
@@ -341,18 +341,18 @@ class CartPole:
 # steps.
 #
 # Initial weights are orthogonal: the rows of a matrix (or its columns, if it has fewer of them)
-# are at right angles and equally long, so a layer stretches no direction more than another, and
-# signals and gradients keep about their size. The gains, by which they are then multiplied, are
-# customary in PPO: √2 in hidden layers, 1 for the critic's output, and 0.01 for the actor's, so
-# that all actions start out almost equally probable, and chance does not decide early what is
-# explored.
+# are at right angles and equally long, so no direction that a layer keeps is stretched more
+# than another, and signals neither explode nor vanish at the start. The gains, by which they
+# are then multiplied, are customary in PPO: √2 in hidden layers, 1 for the critic's output, and
+# 0.01 for the actor's, so that all actions start out almost equally probable, and chance does
+# not decide early what is explored.
 #
 # Other kinds of action. An action may also consist of n independent choices (MultiDiscrete);
 # one choice is n = 1. Each has its own logits and, as they are independent, their
 # log-probabilities add up. For real numbers (Box), each output is the mean of a normal
-# distribution, whose deviation σ is a parameter that does not depend on the observation. What
-# is drawn may lie outside the box. It is learned from unchanged, because its probability is
-# that of what was drawn; only `to_env` clips it.
+# distribution, whose deviation σ is a parameter that does not depend on the observation and
+# begins at 1. What is drawn may lie outside the box. It is learned from unchanged, because its
+# probability is that of what was drawn; only `to_env` clips it.
 
 
 def mlp(sizes, gain):
@@ -396,7 +396,8 @@ class Normalizer(nn.Module):
 class ActorCritic(nn.Module):
     """A policy, and the value of the states that it visits.
 
-    observation_space  Box of any shape (flattened to O numbers) or Discrete (one-hot, O = n)
+    observation_space  Box of any shape (flattened to O numbers; they should be around ±1, or
+                       norm_obs be set) or Discrete (one-hot, O = n)
     action_space       Discrete, MultiDiscrete or Box
     hidden             widths of the hidden layers, of the actor's and of the critic's
     seed               of the initial weights; torch's global generator is left as it was
@@ -452,7 +453,8 @@ class ActorCritic(nn.Module):
         if not greedy:
             # The largest of logit - log(exponential noise) falls on each choice with just its
             # softmax probability (the "Gumbel trick"); the noise costs less than other ways.
-            logits -= torch.empty_like(logits).exponential_(generator=generator).log_()
+            noise = torch.empty_like(logits).exponential_(generator=generator)
+            logits = logits - noise.log()
         return logits.argmax(-1).view(-1, *self.action_space.shape)
 
     def evaluate(self, obs, action):
@@ -646,7 +648,7 @@ class Rollout:
 # ==============================================================================================
 # 5. PPO
 # ==============================================================================================
-# Needs: import contextlib, copy, math, time; parts 1, 3, 4
+# Needs: import contextlib, copy, math, time; from collections import deque; parts 1, 3, 4
 #
 # The policy gradient in one sentence: change the weights so that the log-probability of each
 # action taken rises in proportion to its advantage. (Why the logarithm? Actions that are taken
@@ -658,11 +660,12 @@ class Rollout:
 # A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
 # action is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
 # the mean of ratio·Â over the actions that the old policy took estimates the mean Â of those
-# that the new one would take. Say the old policy goes left, Â = +1, and right, Â = -1, half of
-# the time each; a new one that goes left in 8 of 10 cases has a mean of 0.8·1 - 0.2·1 = 0.6.
-# The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 = 0.4, the mean of 1.6
-# and -0.4 is 0.6. Where all ratios are 1, the gradient of ratio·Â is that of log π·Â: the
-# policy gradient again.
+# that the new one would take in the same states. (That it would come to other states is
+# ignored: one more reason to stay close.) Say the old policy goes left, Â = +1, and right, Â =
+# -1, half of the time each; a new one that goes left in 8 of 10 cases has a mean of 0.8·1 -
+# 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 = 0.4,
+# the mean of 1.6 and -0.4 is 0.6. Where all ratios are 1, the gradient of ratio·Â is that of
+# log π·Â: the policy gradient again.
 #
 # A *clip*. Nothing yet keeps the optimiser from making one lucky action a hundred times more
 # probable, although at that distance from the data the estimate is worth nothing. So the ratio
@@ -679,10 +682,10 @@ class Rollout:
 #     objective =  mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
 #                 - vf_coef · mean( (V - returns)² )  +  ent_coef · mean( entropy )
 #
-# The two networks share no weights; vf_coef only sets the critic's share of the gradient, whose
-# total length max_grad_norm limits. Entropy measures how undecided the policy is: a little
-# reward for it helps where a first favourite would shut out actions that were never properly
-# tried.
+# The two networks share no weights, and Adam rescales each weight's gradient, so vf_coef hardly
+# changes the critic's steps: it sets the critic's share of the gradient's length, which
+# max_grad_norm limits. Entropy measures how undecided the policy is: a little reward for it
+# helps where a first favourite would shut out actions that were never properly tried.
 #
 # Several ranks can train together (torchrun starts them). Each plays environments of its own,
 # and before every gradient step all take the mean of their gradients; so their weights, which
@@ -695,9 +698,10 @@ def ppo_loss(policy, batch: Batch, config: Config):
     logprob, entropy, value = policy.evaluate(batch.obs, batch.action)  # (M,) each
     shapes = {x.shape for x in (logprob, entropy, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
-    # Advantages get mean 0 and deviation 1 in each minibatch, so that the learning rate need
-    # not know how large rewards are. What went a little better than expected, among much that
-    # went far better, is then made less probable: what counts is the comparison.
+    # Advantages get mean 0 and deviation 1 in each minibatch, so that ent_coef, vf_coef and
+    # max_grad_norm mean the same however large rewards are. What went a little better than
+    # expected, among much that went far better, is then made less probable: what counts is the
+    # comparison.
     std, mean = torch.std_mean(batch.advantage)
     advantage = (batch.advantage - mean) / (std + 1e-8)
     # ratio = π(a|s) / π_old(a|s)
@@ -706,21 +710,21 @@ def ppo_loss(policy, batch: Batch, config: Config):
     # mean(min(ratio·Â, clip(ratio, 1-ε, 1+ε)·Â)) - vf_coef·mean((V - returns)²) + ...
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
-    # (PPO's first implementation clips the change of V as well. That ties the critic to the
-    # scale of rewards, and was found not to help, arXiv:2006.05990, so it is left out.)
+    # (OpenAI's ppo2, which many follow, clips the change of V as well. That ties the critic to
+    # the scale of rewards, and was found not to help, arXiv:2006.05990, so it is left out.)
     value_loss, entropy = nn.functional.mse_loss(value, batch.returns), entropy.mean()
     objective = surrogate - config.vf_coef * value_loss
     if config.ent_coef:  # else there is no need to differentiate it
         objective = objective + config.ent_coef * entropy
     with torch.no_grad():
         # KL(π_old ‖ π), the Kullback-Leibler divergence, says how far the policy has moved: it
-        # is the mean of -log ratio over the old policy's actions. Adding ratio - 1, whose mean
-        # is 0, makes every term 0 or more, and the estimate steadier (Schulman 2020,
+        # is the mean of -log ratio over the old policy's actions. Adding ratio - 1, which is 0
+        # on average, makes every term 0 or more, and the estimate steadier (Schulman 2020,
         # "Approximating KL divergence").
         stats = {
-            "policy_loss": -surrogate.detach(),  # near 0, as advantages have mean 0
+            "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
-            "entropy": entropy.detach(),  # begins at log A; near 0: explores no more
+            "entropy": entropy.detach(),  # from log A down; near 0: explores no more
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
             "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
         }
@@ -764,8 +768,11 @@ class Adam:
         """One step, along the mean gradient of all ranks, scaled down to `max_grad_norm` if it
         is longer; returns the length that it had. The gradient is then zero, ready for the
         next."""
-        for p, weights, _ in self.slices:  # policy.to(...) and zero_grad() would replace them
-            if p.data_ptr() != weights.data_ptr() or p.grad is None:
+        for p, *slices in self.slices:  # policy.to(...) and zero_grad() would replace them
+            if p.grad is None or [x.data_ptr() for x in slices] != [
+                p.data_ptr(),
+                p.grad.data_ptr(),
+            ]:
                 raise RuntimeError("parameters have left Adam's memory: make a new Adam")
         g, m, v = mean_over_ranks(self.grad), self.mean, self.square
         norm = torch.linalg.vector_norm(g)
@@ -825,12 +832,12 @@ class PPO:
             spaces = envs.single_observation_space, envs.single_action_space
             seed, *_ = derive_seeds(config.seed, 0)  # rank 0's: all ranks start alike
             with torch_threads(config.threads):
-                shape = {"hidden": config.hidden, "norm_obs": config.norm_obs}
-                policy = ActorCritic(*spaces, seed=seed, **shape)
+                options = {"hidden": config.hidden, "norm_obs": config.norm_obs}
+                policy = ActorCritic(*spaces, seed=seed, **options)
         self.policy = policy.to(config.device)
         self.adam, self.reward_normalizer = Adam(policy), Normalizer(1).to(config.device)
         self.steps = self.episodes = 0
-        self.recent: list = []  # (return, length) of the last 100 finished episodes
+        self.recent: deque = deque(maxlen=100)  # (return, length) of finished episodes
         self.generator = torch.Generator()
         self.begin_episodes()
         self.rollout = Rollout(config.num_steps, self.obs, policy.act(self.obs, greedy=True))
@@ -878,53 +885,50 @@ class PPO:
     def _collect(self):
         """Plays T steps in every environment. Nothing but actions is asked of the networks yet,
         because few large calls are cheaper than many small ones."""
-        r, policy = self.rollout, self.policy
+        rollout, policy = self.rollout, self.policy
         returns, lengths, discounted = self.running  # views, (N,) each
         for t in range(self.config.num_steps):
-            put(r.obs[t], self.obs, "obs")  # before `step`, which may write over it
-            r.action[t] = action = policy.act(r.obs[t], generator=self.generator)
+            put(rollout.obs[t], self.obs, "obs")  # before `step`, which may write over it
+            rollout.action[t] = action = policy.act(rollout.obs[t], generator=self.generator)
             self.obs, *others = self.envs.step(policy.to_env(action))
-            ended = r.add(t, self.obs, *others)
-            returns += r.reward[t]
+            ended = rollout.add(t, self.obs, *others)
+            returns += rollout.reward[t]
             lengths += 1
             discounted *= self.config.gamma  # for norm_reward, below
-            discounted += r.reward[t]
-            r.discounted[t] = discounted
+            discounted += rollout.reward[t]
+            rollout.discounted[t] = discounted
             if len(ended):
                 self.episodes += len(ended)
-                self.recent = [*self.recent, *self.running[:2, ended].T.tolist()][-100:]
+                self.recent.extend(self.running[:2, ended].T.tolist())
                 self.running[:, ended] = 0
 
     @torch.no_grad()
     def _estimate(self):
-        """log π_old(a|s), V(s) and V(s') of the whole rollout, (T, N) each. In pieces that stay
-        in the processor's cache: one of 2,048 rows took twice as long as four of 512."""
-        r, device, estimates = self.rollout, self.config.device, []
-        whole = torch.from_numpy(r.obs).flatten(0, 1), r.action.flatten(0, 1)
-        for obs, action in zip(*(tensor.split(512) for tensor in whole)):
-            logprob, _, value = self.policy.evaluate(obs.to(device), action.to(device))
-            estimates.append(torch.stack([logprob, value]))
-        logprob, values = torch.cat(estimates, 1).cpu().numpy().reshape(2, *r.reward.shape)
-        # V(s') is the next row's V(s), but where the step led to something else
-        next_values, elsewhere = np.roll(values, -1, axis=0), r.terminated | r.truncated
-        elsewhere[-1] = True
-        reached = torch.from_numpy(r.next_obs[elsewhere]).to(device)
-        next_values[elsewhere] = self.policy.value(reached).cpu().numpy()
-        return logprob, values, next_values
+        """log π_old(a|s), V(s) and V(s') of the whole rollout: [(T, N), (T, N), (T, N)]."""
+        rollout = self.rollout
+        tensors = (
+            torch.from_numpy(rollout.obs),
+            rollout.action,
+            torch.from_numpy(rollout.next_obs),
+        )
+        obs, action, next_obs = (x.flatten(0, 1).to(self.config.device) for x in tensors)
+        logprob, _, value = self.policy.evaluate(obs, action)
+        estimates = logprob, value, self.policy.value(next_obs)
+        return [x.cpu().numpy().reshape(rollout.reward.shape) for x in estimates]
 
     def _advantages(self, logprob, values, next_values):
         """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
-        r, config, reward = self.rollout, self.config, self.rollout.reward
+        rollout, config, reward = self.rollout, self.config, self.rollout.reward
         if config.norm_reward:
             # Rewards are divided by the deviation of R ← γ·R + r. R looks back where a value
             # looks ahead, but varies about as much, and is known at once. Outliers are cut off.
-            sums = torch.from_numpy(r.discounted).to(config.device)
+            sums = torch.from_numpy(rollout.discounted).to(config.device)
             self._count_in(self.reward_normalizer, sums.view(-1, 1))
             reward = (reward / self.reward_normalizer.std().item()).clip(-10, 10)
-        flags = r.terminated, r.truncated
+        flags = rollout.terminated, rollout.truncated
         both = gae(reward, values, next_values, *flags, config.gamma, config.gae_lambda)
         floats = [torch.from_numpy(x).float() for x in (logprob, *both)]
-        tensors = [torch.from_numpy(r.obs), r.action, *floats]
+        tensors = [torch.from_numpy(rollout.obs), rollout.action, *floats]
         return Batch(*(tensor.flatten(0, 1).to(config.device) for tensor in tensors))
 
     def _improve(self, batch, rate):
@@ -935,13 +939,14 @@ class PPO:
             # Before the first gradient step the KL is 0, up to rounding. The mean over ranks
             # makes all of them stop together.
             limited = taken and config.target_kl < math.inf
-            if limited and mean_over_ranks(stats["approx_kl"]) > config.target_kl:
+            if limited and mean_over_ranks(stats["approx_kl"].clone()) > config.target_kl:
                 break  # out of this epoch, and of those that would follow
             loss.backward()
             stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)
             taken.append(stats)
-        if getattr(self.policy, "normalizer", None):
-            # Only now, so that actions were chosen, and were judged, by one function
+        if getattr(self.policy, "normalizer", None) is not None:
+            # Only now, so that actions were chosen, and were judged, by one function.
+            # (It shifts the policy a little, which no KL shows.)
             self._count_in(
                 self.policy.normalizer, batch.obs.reshape(len(batch.obs), -1).double()
             )
@@ -978,7 +983,7 @@ class PPO:
             "adam": {"mean": self.adam.mean, "square": self.adam.square},  # its weights: above
             "rewards": self.reward_normalizer.state_dict(),
             "counts": [self.adam.steps, self.steps, self.episodes],
-            "recent": torch.tensor(self.recent, dtype=torch.float64),
+            "recent": torch.tensor(list(self.recent), dtype=torch.float64),
             "generator": self.generator.get_state(),
             "envs": {name: torch.from_numpy(array) for name, array in envs.items()},
             "obs": torch.from_numpy(self.obs),
@@ -995,7 +1000,7 @@ class PPO:
         self.adam.square.copy_(state["adam"]["square"])
         self.reward_normalizer.load_state_dict(state["rewards"])
         self.adam.steps, self.steps, self.episodes = state["counts"]
-        self.recent = state["recent"].tolist()
+        self.recent = deque(state["recent"].tolist(), maxlen=100)
         if state["envs"] and self.ranks == 1:
             self.generator.set_state(state["generator"])
             self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
@@ -1205,7 +1210,7 @@ class EnvPool:
         """The workers' process ids."""
         return [process.pid for process, _, _, _ in self._workers]
 
-    def reset(self, *, seed: int | None = None):
+    def reset(self, *, seed: int | None = None, options: None = None):
         """Begins an episode everywhere: (obs, {})."""
         seeds = np.full(self.num_envs, -1) if seed is None else np.arange(self.num_envs) + seed
         self._begin(RESET, seed=seeds)
@@ -1372,7 +1377,7 @@ def tell_evaluation(policy, config: Config) -> np.ndarray:
     cut = "" if finished.all() else f", {np.sum(~finished)} of them cut off after 10,000 steps"
     say(f"evaluation: mean return {mean} over {count} episodes{cut}")
     weights = nn.utils.parameters_to_vector(policy.parameters()).detach().cpu().numpy()
-    # Equal hashes mean equal trainings, bit for bit.
+    # Equal hashes mean equal weights, bit for bit.
     say(f"weights: {hashlib.sha256(weights.tobytes()).hexdigest()}")
     return returns
 
@@ -1472,9 +1477,9 @@ class Run:
                 say(f"passed {bar}, the bar of {name}: {at}")
         self.keep_snapshot()
         if now - self.saved_at >= config.checkpoint_seconds or row["update"] == self.updates:
-            speed, share = row["steps_per_second"], steps / config.total_steps
+            speed, share = row["steps_per_second"], row["update"] / self.updates
             at = f"{steps:>11,} steps  {share:4.0%}   return {mean:.1f}   {speed:,.0f} steps/s"
-            say(f"{at}   {(config.total_steps - steps) / speed:.0f} s left")
+            say(f"{at}   {steps * (1 / share - 1) / speed:.0f} s left")
             self.save()
 
     def keep_snapshot(self):
