@@ -216,7 +216,7 @@ def test_the_programs_in_readme_run(in_tmp, capsys):
     thrust.train(small())
     text = SOURCE.with_name("README.md").read_text(encoding="utf-8")
     programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(programs) == 5
+    assert len(programs) == 4
     for program in programs:
         if "import gymnasium" in program:
             oracle("gymnasium")

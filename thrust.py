@@ -759,20 +759,19 @@ class Adam:
         self.weights = nn.utils.parameters_to_vector(parameters).detach().clone()  # (P,)
         self.grad, self.mean, self.square = self.weights.new_zeros(3, len(self.weights))
         sizes = [p.numel() for p in parameters]
-        self.slices = [*zip(parameters, self.weights.split(sizes), self.grad.split(sizes))]
-        for p, weights, grad in self.slices:
+        for p, weights, grad in zip(
+            parameters, self.weights.split(sizes), self.grad.split(sizes)
+        ):
             p.data, p.grad = weights.view_as(p), grad.view_as(p)
+        self.places = [(p, p.data_ptr(), p.grad) for p in parameters]
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """One step, along the mean gradient of all ranks, scaled down to `max_grad_norm` if it
         is longer; returns the length that it had. The gradient is then zero, ready for the
         next."""
-        for p, *slices in self.slices:  # policy.to(...) and zero_grad() would replace them
-            if p.grad is None or [x.data_ptr() for x in slices] != [
-                p.data_ptr(),
-                p.grad.data_ptr(),
-            ]:
+        for p, address, grad in self.places:  # policy.to(...) and zero_grad() would change them
+            if p.data_ptr() != address or p.grad is not grad:
                 raise RuntimeError("parameters have left Adam's memory: make a new Adam")
         g, m, v = mean_over_ranks(self.grad), self.mean, self.square
         norm = torch.linalg.vector_norm(g)
@@ -904,7 +903,7 @@ class PPO:
 
     @torch.no_grad()
     def _estimate(self):
-        """log π_old(a|s), V(s) and V(s') of the whole rollout: [(T, N), (T, N), (T, N)]."""
+        """log π_old(a|s), V(s) and V(s') of the whole rollout: (T, N) each."""
         rollout = self.rollout
         tensors = (
             torch.from_numpy(rollout.obs),
