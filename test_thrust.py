@@ -1717,6 +1717,7 @@ RANKS += " --norm-reward --target-kl 0.002 --eval-episodes 4"
 
 
 @DISTRIBUTED
+@pytest.mark.skipif(torch.__version__ < "2", reason="torchrun of torch 1.13 fails by itself")
 def test_two_ranks_under_torchrun_log_save_and_go_on_after_a_kill(in_tmp):
     process, log = torchrun(*RANKS.split()), in_tmp / "runs/CartPole-0/log.csv"
     while not log.exists() or log.read_text().count("\n") < 8:
