@@ -62,6 +62,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing as mp
@@ -1306,7 +1307,7 @@ class EnvPool:
 # ==============================================================================================
 # 7. Runs
 # ==============================================================================================
-# Needs: import functools, hashlib, pathlib, pkgutil, zipfile; parts 1, 2, 3, 4, 5, 6, 9
+# Needs: import functools, hashlib, io, pathlib, pkgutil, zipfile; parts 1, 2, 3, 4, 5, 6, 9
 #
 # `train` is the loop at the end of part 5, with what makes a run hard to lose and easy to
 # follow.
@@ -1381,13 +1382,12 @@ def tell_evaluation(policy, config: Config) -> np.ndarray:
     return returns
 
 
-def replace_file(path: pathlib.Path, write):
-    """Calls write(file), and puts what it wrote in the place of `path` in one step: at any
-    moment, `path` is the old file or the new one."""
+def replace_file(path: pathlib.Path, content: bytes):
+    """Writes a file in one step: at any moment, `path` is the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
         os.replace(temporary, path)
@@ -1447,7 +1447,7 @@ class Run:
         with open(self.log, "ab") as file:
             file.truncate(min(self.told["log_size"], file.tell()))
         config = json.dumps(dataclasses.asdict(learner.config), indent=2) + "\n"
-        replace_file(folder / "config.json", lambda file: file.write(config.encode()))
+        replace_file(folder / "config.json", config.encode())
         self.updates = learner.config.num_updates // learner.ranks
         size = f"{self.updates} updates of {learner.config.batch_size * learner.ranks} steps"
         say(f"training {learner.config.env}: {size}; everything is kept in {folder}")
@@ -1499,9 +1499,10 @@ class Run:
             "told": json.dumps(self.told),
             "snapshots": self.snapshots,
         }
-        replace_file(self.folder / "checkpoint.pt", lambda file: torch.save(saved, file))
-        page = make_page(saved).encode()
-        replace_file(self.folder / "page.html", lambda file: file.write(page))
+        # Through memory: torch ends the process if a signal makes it leave a file half written.
+        torch.save(saved, memory := io.BytesIO())
+        replace_file(self.folder / "checkpoint.pt", memory.getvalue())
+        replace_file(self.folder / "page.html", make_page(saved).encode())
 
 
 # What `train` returns. Only rank 0 has `returns`, (episodes,) of the evaluation, and `run`, its
