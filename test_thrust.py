@@ -816,8 +816,8 @@ def test_on_the_first_minibatch_of_every_update_the_ratio_is_1_and_the_kl_0(monk
 
 
 def test_the_targets_of_a_rollout_are_the_definitions_with_the_states_really_reached():
-    """With time limits of 9 steps, an update's advantages and returns, computed one by one."""
-    envs = thrust.CartPole(8, max_episode_steps=9)
+    """With time limits of 15 steps, an update's advantages and returns, computed one by one."""
+    envs = thrust.CartPole(8, max_episode_steps=15)
     learner = learner_of(envs, norm_reward=True)
     learner.update()
     learner._collect()
