@@ -606,12 +606,19 @@ def put(target: np.ndarray, value, name: str):
     np.copyto(target, value, casting="same_kind")
 
 
-def put_final_obs(target: np.ndarray, info: dict, ended: np.ndarray):
-    """Copies into the rows `ended` of `target` the observations that their episodes ended with.
-    (Gymnasium gives an array of objects, in which only these rows are arrays.)"""
-    reached = target[ended]
-    put(reached, np.stack(info["final_obs"][ended]), "final_obs")
-    target[ended] = reached
+def put_step(step: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
+    """Copies what an environment's `step` returned into these arrays; final_obs, which may be
+    the same array as obs, only where an episode ended. Returns those rows."""
+    *results, info = step
+    targets = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated}
+    for (name, target), value in zip(targets.items(), results):
+        put(target, value, name)
+    ended = (terminated | truncated).nonzero()[0]
+    if len(ended):
+        reached = final_obs[ended]  # (in Gymnasium's array of objects, only these are arrays)
+        put(reached, np.stack(info["final_obs"][ended]), "final_obs")
+        final_obs[ended] = reached
+    return ended
 
 
 def require_same_step(envs):
@@ -634,16 +641,10 @@ class Rollout:
         self.terminated, self.truncated = np.zeros((2, *shape), bool)
 
     def add(self, t: int, obs, reward, terminated, truncated, info) -> np.ndarray:
-        """Copies in what the environment returned from step t; returns which of
-        the N ended an episode."""
-        put(self.next_obs[t], obs, "obs")
-        put(self.reward[t], reward, "reward")
-        put(self.terminated[t], terminated, "terminated")
-        put(self.truncated[t], truncated, "truncated")
-        ended = (self.terminated[t] | self.truncated[t]).nonzero()[0]
-        if len(ended):
-            put_final_obs(self.next_obs[t], info, ended)
-        return ended
+        """Copies in what the environment returned from step t; returns the rows that ended."""
+        step, reached = (obs, reward, terminated, truncated, info), self.next_obs[t]
+        flags = self.terminated[t], self.truncated[t]
+        return put_step(step, reached, reached, self.reward[t], *flags)
 
 
 # ==============================================================================================
@@ -1046,6 +1047,7 @@ class PPO:
 # worker takes as long as importing torch.
 
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
+RESULTS = "obs", "final_obs", "reward", "terminated", "truncated"  # of a step, shared
 DOING = "stepping", "resetting", "giving its state", "taking a state", "closing"
 
 
@@ -1101,12 +1103,7 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
             acquire(go, None)
             command = rows["command"][0]
             if command == STEP:
-                *results, info = env.step(rows["action"])
-                for name, value in zip(("obs", "reward", "terminated", "truncated"), results):
-                    put(rows[name], value, name)
-                ended = (rows["terminated"] | rows["truncated"]).nonzero()[0]
-                if len(ended):
-                    put_final_obs(rows["final_obs"], info, ended)
+                put_step(env.step(rows["action"]), **{name: rows[name] for name in RESULTS})
             elif command == RESET:
                 first = int(rows["seed"][0])  # the others' follow from it; -1: none
                 put(rows["obs"], env.reset(seed=None if first < 0 else first)[0], "obs")
