@@ -220,6 +220,7 @@ class CartPole:
     GRAVITY = np.array(9.8)  # m/s²
     POLE_MASS = np.array(0.1)  # kg
     TOTAL_MASS = np.array(0.1 + 1.0)  # kg, with the cart
+    FOUR_THIRDS = np.array(4.0 / 3.0)  # of m·l², a rod's moment of inertia about its end
     HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
     POLE_MOMENT = np.array(0.1 * 0.5)  # kg·m, mass times half length
     FORCES = np.array([-10.0, 10.0])  # N, of action 0 and action 1
@@ -238,6 +239,7 @@ class CartPole:
         self.single_observation_space = Box(-high, high, high.shape)
         self.single_action_space = Discrete(2)
         self._state = np.zeros((4, num_envs))  # rows: x, ẋ, θ, θ̇
+        self._reward = np.ones(num_envs)
         # Steps of the running episodes, episodes begun, and seeds
         self._steps, self._episodes, self._seeds = np.zeros((3, num_envs), np.int64)
         self._starts = np.zeros((num_envs * self.BLOCK, 4))  # start states, one block for each
@@ -269,7 +271,7 @@ class CartPole:
         force = self.FORCES[actions] + self.POLE_MOMENT * np.square(theta_dot) * sin
         temp = force / self.TOTAL_MASS
         # θ̈ = (g·sin θ - cos θ·temp) / (l·(4/3 - m·cos²θ / m_total))
-        inertia = 4.0 / 3.0 - self.POLE_MASS * np.square(cos) / self.TOTAL_MASS
+        inertia = self.FOUR_THIRDS - self.POLE_MASS * np.square(cos) / self.TOTAL_MASS
         theta_acc = (self.GRAVITY * sin - cos * temp) / (self.HALF_LENGTH * inertia)
         # ẍ = temp - m·l·θ̈·cos θ / m_total
         x_acc = temp - self.POLE_MOMENT * theta_acc * cos / self.TOTAL_MASS
@@ -285,9 +287,10 @@ class CartPole:
         obs, info = self._observe(), {}
         ended = (terminated | truncated).nonzero()[0]
         if len(ended):
-            info["final_obs"], obs = obs, obs.copy()
-            obs[ended] = self._begin_episodes(ended)
-        return obs, np.ones(self.num_envs), terminated, truncated, info
+            info["final_obs"] = obs
+            self._begin_episodes(ended)
+            obs = self._observe()
+        return obs, self._reward.copy(), terminated, truncated, info
 
     def close(self):
         """There is nothing to release."""
@@ -305,15 +308,14 @@ class CartPole:
         self._draw_starts((self._episodes % self.BLOCK > 0).nonzero()[0])
 
     def _observe(self):
-        return np.array(self._state.T, np.float32, order="C")  # (N, 4)
+        return self._state.astype(np.float32).T  # (N, 4)
 
-    def _begin_episodes(self, rows):  # (k,) of the environments → start states (k, 4)
+    def _begin_episodes(self, rows):  # (k,) of the environments
         episodes = self._episodes[rows]
         place = episodes % self.BLOCK
         self._draw_starts(rows[place == 0])
-        self._state.T[rows] = starts = self._starts[rows * self.BLOCK + place]
+        self._state.T[rows] = self._starts[rows * self.BLOCK + place]
         self._episodes[rows], self._steps[rows] = episodes + 1, 0
-        return starts
 
     def _draw_starts(self, rows):
         """Draws the block of start states that each environment is in: four numbers within
@@ -603,7 +605,7 @@ def put(target: np.ndarray, value, name: str):
     if value.shape != target.shape or not alike:
         expected, got = f"{target.dtype} {target.shape}", f"{value.dtype} {value.shape}"
         raise ValueError(f"{name} must be {expected}; got {got}")
-    np.copyto(target, value, casting="same_kind")
+    target[...] = value
 
 
 def put_step(step: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
@@ -615,8 +617,10 @@ def put_step(step: tuple, obs, final_obs, reward, terminated, truncated) -> np.n
         put(target, value, name)
     ended = (terminated | truncated).nonzero()[0]
     if len(ended):
-        reached = final_obs[ended]  # (in Gymnasium's array of objects, only these are arrays)
-        put(reached, np.stack(info["final_obs"][ended]), "final_obs")
+        final, reached = info["final_obs"][ended], final_obs[ended]
+        if final.dtype == object:  # Gymnasium's: in each of these rows, an array
+            final = np.stack(final)
+        put(reached, final, "final_obs")
         final_obs[ended] = reached
     return ended
 
