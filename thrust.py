@@ -719,9 +719,9 @@ def ppo_loss(policy, batch: Batch, config: Config):
     # (OpenAI's ppo2, which many follow, clips the change of V as well. That ties the critic to
     # the scale of rewards, and was found not to help, arXiv:2006.05990, so it is left out.)
     value_loss, entropy = nn.functional.mse_loss(value, batch.returns), entropy.mean()
-    objective = surrogate - config.vf_coef * value_loss
+    loss = config.vf_coef * value_loss - surrogate  # the objective, negative: to descend
     if config.ent_coef:  # else there is no need to differentiate it
-        objective = objective + config.ent_coef * entropy
+        loss = loss - config.ent_coef * entropy
     with torch.no_grad():
         # KL(π_old ‖ π), the Kullback-Leibler divergence, says how far the policy has moved: it
         # is the mean of -log ratio over the old policy's actions. Adding ratio - 1, which is 0
@@ -734,7 +734,7 @@ def ppo_loss(policy, batch: Batch, config: Config):
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
             "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
         }
-    return -objective, stats  # negative, because optimisers descend
+    return loss, stats
 
 
 def num_ranks() -> int:
@@ -765,9 +765,8 @@ class Adam:
         self.weights = nn.utils.parameters_to_vector(parameters).detach().clone()  # (P,)
         self.grad, self.mean, self.square = self.weights.new_zeros(3, len(self.weights))
         sizes = [p.numel() for p in parameters]
-        for p, weights, grad in zip(
-            parameters, self.weights.split(sizes), self.grad.split(sizes)
-        ):
+        slices = self.weights.split(sizes), self.grad.split(sizes)
+        for p, weights, grad in zip(parameters, *slices):
             p.data, p.grad = weights.view_as(p), grad.view_as(p)
         self.places = [(p, p.data_ptr(), p.grad) for p in parameters]
 
@@ -837,8 +836,8 @@ class PPO:
             spaces = envs.single_observation_space, envs.single_action_space
             seed, *_ = derive_seeds(config.seed, 0)  # rank 0's: all ranks start alike
             with torch_threads(config.threads):
-                options = {"hidden": config.hidden, "norm_obs": config.norm_obs}
-                policy = ActorCritic(*spaces, seed=seed, **options)
+                knobs = {"hidden": config.hidden, "norm_obs": config.norm_obs}
+                policy = ActorCritic(*spaces, seed=seed, **knobs)
         self.policy = policy.to(config.device)
         self.adam, self.reward_normalizer = Adam(policy), Normalizer(1).to(config.device)
         self.steps = self.episodes = 0
@@ -909,20 +908,15 @@ class PPO:
 
     @torch.no_grad()
     def _estimate(self):
-        """log π_old(a|s), V(s) and V(s') of the whole rollout: (T, N) each."""
-        rollout = self.rollout
-        tensors = (
-            torch.from_numpy(rollout.obs),
-            rollout.action,
-            torch.from_numpy(rollout.next_obs),
-        )
-        obs, action, next_obs = (x.flatten(0, 1).to(self.config.device) for x in tensors)
+        """Of the rollout, flat, (B, ...): obs, action, log π_old(a|s), V(s) and V(s')."""
+        arrays = self.rollout.obs, self.rollout.action, self.rollout.next_obs
+        tensors = (torch.as_tensor(x).flatten(0, 1).to(self.config.device) for x in arrays)
+        obs, action, next_obs = tensors
         logprob, _, value = self.policy.evaluate(obs, action)
-        estimates = logprob, value, self.policy.value(next_obs)
-        return [x.cpu().numpy().reshape(rollout.reward.shape) for x in estimates]
+        return obs, action, logprob, value, self.policy.value(next_obs)
 
-    def _advantages(self, logprob, values, next_values):
-        """The rollout with its advantages and returns, flat: (T, N, ...) → (B, ...)."""
+    def _advantages(self, obs, action, logprob, value, next_value) -> Batch:
+        """What the loss learns from: what `_estimate` returned, with advantages and returns."""
         rollout, config, reward = self.rollout, self.config, self.rollout.reward
         if config.norm_reward:
             # Rewards are divided by the deviation of R ← γ·R + r. R looks back where a value
@@ -930,11 +924,12 @@ class PPO:
             sums = torch.from_numpy(rollout.discounted).to(config.device)
             self._count_in(self.reward_normalizer, sums.view(-1, 1))
             reward = (reward / self.reward_normalizer.std().item()).clip(-10, 10)
+        values = value.cpu().numpy().reshape(reward.shape)
+        next_values = next_value.cpu().numpy().reshape(reward.shape)
         flags = rollout.terminated, rollout.truncated
         both = gae(reward, values, next_values, *flags, config.gamma, config.gae_lambda)
-        floats = [torch.from_numpy(x).float() for x in (logprob, *both)]
-        tensors = [torch.from_numpy(rollout.obs), rollout.action, *floats]
-        return Batch(*(tensor.flatten(0, 1).to(config.device) for tensor in tensors))
+        flat = (torch.from_numpy(x).float().flatten().to(config.device) for x in both)
+        return Batch(obs, action, logprob, *flat)
 
     def _improve(self, batch, rate):
         """Gradient steps over `epochs` passes; means of what the loss and Adam said of them."""
@@ -1514,7 +1509,8 @@ Result = namedtuple("Result", "policy returns run")
 @contextlib.contextmanager
 def process_group(device: str):
     """Joins the other ranks, if torchrun started this process and nobody has joined them
-    yet."""
+    yet, and leaves them in the end. (After a failure torchrun ends them all; leaving would wait
+    for ranks that wait for this one.)"""
     group, ours = torch.distributed, False
     if group.is_available() and group.is_torchelastic_launched():
         ours = not group.is_initialized()
@@ -1522,11 +1518,10 @@ def process_group(device: str):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         group.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        if ours:
-            group.destroy_process_group()
+    yield
+    if ours:
+        group.barrier()
+        group.destroy_process_group()
 
 
 def train(config: Config, *, resume=None) -> Result:
@@ -1536,28 +1531,31 @@ def train(config: Config, *, resume=None) -> Result:
     Raises ValueError for a run that cannot be resumed, or not with this config; RuntimeError
     for NaN or infinity; WorkerError for a failed worker; OSError where a file cannot be
     written. The last checkpoint is then whole."""
-    with torch_threads(config.threads), process_group(config.device):
-        old, saved = load_checkpoint(resume) if resume else (config, {})
-        for name in KEPT:
-            before, now = getattr(old, name), getattr(config, name)
-            if before != now:
-                raise ValueError(f"{resume} has {name} = {before}, which cannot become {now}")
-        with contextlib.closing(make_envs(config, config.num_envs)) as envs:
-            learner = PPO(envs, config)
-            if saved:
-                learner.load_state_dict(saved["learner"])
-            if learner.rank == 0:
-                folder = pathlib.Path(resume) if resume else new_run(config)
-                run = Run(folder, learner, saved)
-            try:
-                while learner.updates < config.num_updates // learner.ranks:
-                    row = learner.update()
-                    if learner.rank == 0:
-                        run.add(row)
-            except BaseException:
+    with torch_threads(config.threads):
+        with process_group(config.device):
+            old, saved = load_checkpoint(resume) if resume else (config, {})
+            for name in KEPT:
+                before, now = getattr(old, name), getattr(config, name)
+                if before != now:
+                    raise ValueError(
+                        f"{resume} has {name} = {before}, which cannot become {now}"
+                    )
+            with contextlib.closing(make_envs(config, config.num_envs)) as envs:
+                learner = PPO(envs, config)
+                if saved:
+                    learner.load_state_dict(saved["learner"])
                 if learner.rank == 0:
-                    say(f"stopped; to go on: python thrust.py --resume {folder}")
-                raise
+                    folder = pathlib.Path(resume) if resume else new_run(config)
+                    run = Run(folder, learner, saved)
+                try:
+                    while learner.updates < config.num_updates // learner.ranks:
+                        row = learner.update()
+                        if learner.rank == 0:
+                            run.add(row)
+                except BaseException:
+                    if learner.rank == 0:
+                        say(f"stopped; to go on: python thrust.py --resume {folder}")
+                    raise
         if learner.rank > 0:
             return Result(learner.policy, np.zeros(0), None)
         say(f"page: {folder / 'page.html'}")
