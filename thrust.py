@@ -35,14 +35,14 @@ Then come 6 EnvPool (worker processes), 7 Runs (log, checkpoints), 8 Command lin
 uses only what stands above it (but 7 also uses 9), and its heading says what a copy needs.
 
 Words. An *environment* is a game. What the player sees of its *state* s is an *observation*, or
-obs; what it does is an *action* a; what it is paid for one step is a *reward* r; all together
-are a *transition*. An *episode* is one game from start to end; a *rollout* is some number of
-steps, wherever it begins or ends. The *policy* π(a|s) gives each action a probability, and the
-player draws from those. The *return* is the sum of an episode's rewards; the *value* of a state
-is the sum of rewards that the policy can expect from there, later ones counting less; the
-*advantage* of an action is how much better it went than that. An *epoch* is one pass over a
-rollout, in pieces called *minibatches*. A *rank* is one of several processes that train
-together; usually there is one.
+obs; what it does is an *action* a; what it is paid for one step is a *reward* r; all together,
+and the observation that follows, are a *transition*. An *episode* is one game from start to
+end; a *rollout* is some number of steps, wherever it begins or ends. The *policy* π(a|s) gives
+each action a probability, and the player draws from those. The *return* is the sum of an
+episode's rewards; the *value* of a state is the sum of rewards that the policy can expect from
+there, later ones counting less; the *advantage* of an action is how much better it went than
+that. An *epoch* is one pass over a rollout, in pieces called *minibatches*. A *rank* is one of
+several processes that train together; usually there is one.
 
     N  environments played side by side         γ  discount: a reward k steps away counts γᵏ
     T  steps of each of them in a rollout       λ  how much advantages rely on rewards seen,
@@ -90,13 +90,12 @@ from torch import nn
 # Every number that a user may want to turn stands here once: its default, the text that --help
 # prints, the lowest and the highest value. Flags and config.json are made from this class.
 #
-# The defaults were searched for, with other seeds than those whose results README reports. N =
-# 64, T = 32 and M = 512 are large for so small a game: at these sizes a call into torch costs
-# as much as its arithmetic, so large batches are cheap. The learning rate is twenty times the
-# common 3e-4: CartPole can be learned in large steps, as long as the rate then falls towards
-# zero for careful ones. γ was taken over from RL-Zoo, a collection of tuned settings. 1e30
-# stands for any finite number; a minibatch of 3 is never split into ones, which would have no
-# deviation.
+# The defaults were searched for on CartPole, with other seeds than those whose results README
+# reports; for other games it has others. N = 64, T = 32 and M = 512 are large for so small a
+# game: at these sizes a call into torch costs as much as the arithmetic that it does, so large
+# batches are cheap. The learning rate is twenty times the common 3e-4: CartPole can be learned
+# in large steps, as long as the rate then falls towards zero for careful ones. 1e30 stands for
+# any finite number.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -120,10 +119,10 @@ class Config:
     gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count", 0, 1)
     gae_lambda: float = knob(0.95, "λ; 0: trust expected rewards, 1: only rewards seen", 0, 1)
     clip: float = knob(0.2, "ε; what has moved by this share is pushed no further", 0, 1)
-    ent_coef: float = knob(0.0, "reward for being undecided; raise it to explore more", 0, 1e30)
-    vf_coef: float = knob(0.5, "weight of the value network's squared error", 0, 1e30)
+    ent_coef: float = knob(0.0, "weight of entropy, a reward for being undecided", 0, 1e30)
+    vf_coef: float = knob(0.5, "weight of the value function's squared error", 0, 1e30)
     max_grad_norm: float = knob(0.5, "longer gradients are scaled down to this length", 0)
-    target_kl: float = knob(math.inf, "end an update once the policy has moved this far", 0)
+    target_kl: float = knob(math.inf, "end an update at this KL divergence, perhaps 0.02", 0)
     norm_obs: bool = knob(False, "shift and scale observations by their mean and deviation")
     norm_reward: bool = knob(False, "scale rewards by the deviation of discounted returns")
     hidden: tuple = knob((64, 64), "widths of each network's hidden layers", 1, 10**5)
@@ -152,15 +151,19 @@ class Config:
                 object.__setattr__(self, name, value := tuple(value))
             low, high = field.metadata["range"]
             # An int will do for a float, but not a bool, although Python counts it as an int.
-            fits = type(value) in {float: (int, float)}.get(kind, (kind,))
+            allowed = (int, float) if kind is float else kind
+            fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
             if fits and low is not None:  # NaN is refused: every comparison with it is false
-                numbers, kinds = (value, (int,)) if kind is tuple else ([value], (int, kind))
-                fits = all(type(x) in kinds and low <= x <= high for x in numbers)
+                numbers = value if kind is tuple else [value]  # of `hidden`, every width
+                whole = kind is not tuple or all(type(x) is int for x in value)
+                fits = whole and all(low <= x <= high for x in numbers)
             if not fits:
                 rule = kind.__name__ + ("" if low is None else f", from {low} to {high}")
                 raise ValueError(f"{name} must be of type {rule}; got {value!r}")
         if self.workers > self.num_envs:
             raise ValueError(f"workers must be at most {self.num_envs}; got {self.workers}")
+        if self.batch_size < 2:
+            raise ValueError("num_envs * num_steps must be at least 2: advantages are compared")
         if self.num_updates < 1:
             one = f"one rollout, num_envs * num_steps = {self.batch_size}"
             raise ValueError(f"total_steps must be at least {one}; got {self.total_steps}")
@@ -220,10 +223,10 @@ class CartPole:
     GRAVITY = np.array(9.8)  # m/s²
     POLE_MASS = np.array(0.1)  # kg
     TOTAL_MASS = np.array(0.1 + 1.0)  # kg, with the cart
-    FOUR_THIRDS = np.array(4.0 / 3.0)  # of m·l², a rod's moment of inertia about its end
+    FOUR_THIRDS = np.array(4.0 / 3.0)  # a rod's moment of inertia about its end is 4/3·m·l²
     HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
     POLE_MOMENT = np.array(0.1 * 0.5)  # kg·m, mass times half length
-    FORCES = np.array([-10.0, 10.0])  # N, of action 0 and action 1
+    FORCES = np.array([-10.0, 10.0])  # newtons, of action 0 and action 1
     TAU = np.array(0.02)  # s from one step to the next
     X_LIMIT = np.array(2.4)  # m to either side
     ANGLE_LIMIT = np.array(12 * 2 * math.pi / 360)  # rad to either side
@@ -259,7 +262,7 @@ class CartPole:
         count. Raises ValueError unless actions are (N,) integers 0 or 1."""
         actions = np.asarray(actions)
         whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
-        # The bitwise or of all actions is 0 or 1 if and only if each of them is.
+        # The bitwise or of all actions is 0 or 1 if and only if each of them is: one call.
         if not whole or np.bitwise_or.reduce(actions) not in (0, 1):
             raise ValueError(
                 f"actions must be {self.num_envs} integers, 0 or 1; got {actions!r}"
@@ -298,8 +301,9 @@ class CartPole:
     def state(self) -> dict[str, np.ndarray]:
         """Copies of all that the future depends on, N rows each. (Not Gymnasium's: with it, a
         run can be resumed exactly.)"""
-        arrays = {"state": self._state.T, "steps": self._steps, "episodes": self._episodes}
-        return {name: array.copy() for name, array in {**arrays, "seeds": self._seeds}.items()}
+        arrays = {"state": self._state.T, "steps": self._steps}
+        arrays |= {"episodes": self._episodes, "seeds": self._seeds}
+        return {name: array.copy() for name, array in arrays.items()}
 
     def set_state(self, state: dict[str, np.ndarray]):
         """Goes on from what `state` returned, in this or in another CartPole of N poles."""
@@ -319,9 +323,8 @@ class CartPole:
 
     def _draw_starts(self, rows):
         """Draws the block of start states that each environment is in: four numbers within
-        ±0.05 each. Making a generator takes as long as half a step, so starts are drawn 128 at
-        a time; and as PCG64 can jump ahead, it is made anew for each block, and never has to be
-        saved."""
+        ±0.05 each. So that no generator has to be saved, one is made for each block and jumps
+        to its place; as that takes as long as half a step, a block is 128 starts."""
         for i in rows:
             block = int(self._episodes[i]) // self.BLOCK
             bits = np.random.PCG64(int(self._seeds[i])).advance(4 * self.BLOCK * block)
@@ -344,18 +347,18 @@ class CartPole:
 # steps.
 #
 # Initial weights are orthogonal: the rows of a matrix (or its columns, if it has fewer of them)
-# are at right angles and equally long, so no direction that a layer keeps is stretched more
-# than another, and signals neither explode nor vanish at the start. The gains, by which they
-# are then multiplied, are customary in PPO: √2 in hidden layers, 1 for the critic's output, and
-# 0.01 for the actor's, so that all actions start out almost equally probable, and chance does
-# not decide early what is explored.
+# are at right angles and equally long, so no direction that gets through a layer is stretched
+# more than another, and signals neither explode nor vanish at the start. The gains, by which
+# they are then multiplied, are customary in PPO: √2 in hidden layers, 1 for the critic's
+# output, and 0.01 for the actor's, so that all actions start out almost equally probable, and
+# chance does not decide early what is explored.
 #
 # Other kinds of action. An action may also consist of n independent choices (MultiDiscrete);
 # one choice is n = 1. Each has its own logits and, as they are independent, their
 # log-probabilities add up. For real numbers (Box), each output is the mean of a normal
-# distribution, whose deviation σ is a parameter that does not depend on the observation and
-# begins at 1. What is drawn may lie outside the box. It is learned from unchanged, because its
-# probability is that of what was drawn; only `to_env` clips it.
+# distribution, whose standard deviation σ is a parameter that does not depend on the
+# observation and begins at 1. What is drawn may lie outside the box. It is learned from
+# unchanged, because its probability is that of what was drawn; only `to_env` clips it.
 
 
 def mlp(sizes, gain):
@@ -370,9 +373,9 @@ def mlp(sizes, gain):
 
 
 class Normalizer(nn.Module):
-    """Shifts and scales K numbers by the mean and deviation of all rows counted in so far, and
-    keeps them within ±10: measured, not learned. Its buffers are saved with the weights. It
-    works in float64, because an offset may be far larger than the deviation."""
+    """Shifts and scales K numbers by the mean and standard deviation of all rows counted in so
+    far, and keeps them within ±10: measured, not learned. Its buffers are saved with the
+    weights. It works in float64, because an offset may be far larger than the deviation."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -404,7 +407,7 @@ class ActorCritic(nn.Module):
     action_space       Discrete, MultiDiscrete or Box
     hidden             widths of the hidden layers, of the actor's and of the critic's
     seed               of the initial weights; torch's global generator is left as it was
-    norm_obs           normalise observations first (the learner in part 5 measures them)
+    norm_obs           normalise observations first (part 5 measures their mean and deviation)
 
     Observations are arrays or tensors, (k, *observation shape) for any k. Actions are tensors,
     (k, *action shape): int64 counted from 0, or float32 not clipped; `to_env` makes them fit
@@ -429,8 +432,9 @@ class ActorCritic(nn.Module):
             outputs = math.prod(action_space.shape)
             self.log_std = nn.Parameter(torch.zeros(outputs))
         else:
-            # n choices have A logits each, as many as the widest needs. The surplus logits of a
-            # narrower one get probability 0 (by -1e9, as -inf would give NaN in 0·log 0).
+            # n choices have A logits each; here A is what the widest of them needs. The surplus
+            # logits of a narrower one get probability 0 (by -1e9, as -inf would give NaN in
+            # 0·log 0).
             nvec = [action_space.n] if action_kind == "Discrete" else action_space.nvec
             surplus = np.arange(np.max(nvec)) >= np.reshape(nvec, (-1, 1))  # (n, A)
             self.logits_shape, outputs = surplus.shape, surplus.size
@@ -452,7 +456,7 @@ class ActorCritic(nn.Module):
                 noise = torch.randn(outputs.shape, generator=generator)
                 outputs = outputs + self.log_std.exp() * noise.to(outputs.device)
             return outputs.cpu().view(-1, *self.action_space.shape)
-        logits = self._logits(outputs).cpu()  # (k, n, A); actions have to go there anyway
+        logits = self._logits(outputs).cpu()  # (k, n, A); there, because actions must
         if not greedy:
             # The largest of logit - log(exponential noise) falls on each choice with just its
             # softmax probability (the "Gumbel trick"); the noise costs less than other ways.
@@ -467,14 +471,15 @@ class ActorCritic(nn.Module):
         outputs, value = self.actor(flat), self.critic(flat).squeeze(-1)
         action = action.reshape(len(flat), -1)  # (k, n)
         if self.continuous:
-            # log π = -½·((a - output) / σ)² - log σ - ½·log 2π;  entropy = ½ + log σ + ½·log 2π
+            # log π(a|s) = -½·((a - output) / σ)² - log σ - c;  entropy = ½ + log σ + c, where
+            # c = ½·log(2·3.14...)
             log_scale = self.log_std + 0.5 * math.log(2 * math.pi)
             error = (action - outputs) / self.log_std.exp()
             logprob = (-0.5 * error.square() - log_scale).sum(1)
             entropy = (0.5 + log_scale).sum().expand_as(value)
         else:
-            # log π = log softmax(logits);  entropy = -Σ π·log π: log A where all A actions are
-            # equally probable, 0 where one is certain
+            # log π(a|s) = log softmax(logits);  entropy = -Σ π·log π: log A where all A actions
+            # are equally probable, 0 where one is certain
             logprobs = self._logits(outputs).log_softmax(-1)  # (k, n, A)
             logprob = logprobs.gather(-1, action.unsqueeze(-1)).sum((1, 2))
             entropy = -(logprobs.exp() * logprobs).sum((1, 2))
@@ -501,7 +506,7 @@ class ActorCritic(nn.Module):
         space, x = self.observation_space, torch.as_tensor(obs)
         if x.ndim == 0 or x.shape[1:] != space.shape:
             raise ValueError(f"observations must be (k, *{space.shape}), got {tuple(x.shape)}")
-        x = x.to(self.actor[0].weight.device)
+        x = x.to(next(self.parameters()).device)
         if self.one_hot:
             return nn.functional.one_hot(x.long() - int(space.start), int(space.n)).float()
         x = x.reshape(len(x), -1)
@@ -579,7 +584,9 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     ([-0.0625, -0.25, -1.0], [1.9375, 1.75, 1.0])
     """
     # δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t)
-    advantages = rewards + gamma * np.where(terminated, 0, next_values) - values  # δ, so far
+    advantages = (
+        rewards + gamma * np.where(terminated, 0, next_values) - values
+    )  # holds δ, and becomes Â
     # Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}, from the end to the start
     fading = np.where(terminated | truncated, 0, gamma * lam)
     for t in reversed(range(len(rewards) - 1)):
@@ -588,13 +595,13 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
 
 
 class Batch(NamedTuple):
-    """Transitions as the loss sees them, in no order that matters; B or M of them."""
+    """Transitions as the loss sees them, in no order that matters: k = B of them, or M."""
 
-    obs: torch.Tensor  # (B, *observation shape)
-    action: torch.Tensor  # (B, *action shape)
-    logprob: torch.Tensor  # (B,) of the action, under the policy that took it
-    advantage: torch.Tensor  # (B,) Â
-    returns: torch.Tensor  # (B,) V + Â, the critic's targets
+    obs: torch.Tensor  # (k, *observation shape)
+    action: torch.Tensor  # (k, *action shape)
+    logprob: torch.Tensor  # (k,) of the action, under the policy that took it
+    advantage: torch.Tensor  # (k,) Â
+    returns: torch.Tensor  # (k,) V + Â, the critic's targets
 
 
 def put(target: np.ndarray, value, name: str):
@@ -608,20 +615,21 @@ def put(target: np.ndarray, value, name: str):
     target[...] = value
 
 
-def put_step(step: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
-    """Copies what an environment's `step` returned into these arrays; final_obs, which may be
-    the same array as obs, only where an episode ended. Returns those rows."""
-    *results, info = step
+def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
+    """Copies what an environment's `step` returned into these arrays. Where an episode ended,
+    its last observation goes into final_obs; that may be obs itself, whose row it then
+    replaces. Returns the rows where one ended."""
+    *values, info = results
     targets = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated}
-    for (name, target), value in zip(targets.items(), results):
+    for (name, target), value in zip(targets.items(), values):
         put(target, value, name)
     ended = (terminated | truncated).nonzero()[0]
     if len(ended):
-        final, reached = info["final_obs"][ended], final_obs[ended]
-        if final.dtype == object:  # Gymnasium's: in each of these rows, an array
-            final = np.stack(final)
-        put(reached, final, "final_obs")
-        final_obs[ended] = reached
+        last, rows = info["final_obs"][ended], final_obs[ended]
+        if last.dtype == object:  # Gymnasium's: in each of these rows, an array
+            last = np.stack(last)
+        put(rows, last, "final_obs")
+        final_obs[ended] = rows
     return ended
 
 
@@ -644,11 +652,10 @@ class Rollout:
         self.reward, self.discounted = np.zeros((2, *shape))  # the latter is for norm_reward
         self.terminated, self.truncated = np.zeros((2, *shape), bool)
 
-    def add(self, t: int, obs, reward, terminated, truncated, info) -> np.ndarray:
+    def add(self, t: int, results: tuple) -> np.ndarray:
         """Copies in what the environment returned from step t; returns the rows that ended."""
-        step, reached = (obs, reward, terminated, truncated, info), self.next_obs[t]
-        flags = self.terminated[t], self.truncated[t]
-        return put_step(step, reached, reached, self.reward[t], *flags)
+        reached, flags = self.next_obs[t], (self.terminated[t], self.truncated[t])
+        return put_step(results, reached, reached, self.reward[t], *flags)
 
 
 # ==============================================================================================
@@ -671,15 +678,15 @@ class Rollout:
 # -1, half of the time each; a new one that goes left in 8 of 10 cases has a mean of 0.8·1 -
 # 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 = 0.4,
 # the mean of 1.6 and -0.4 is 0.6. Where all ratios are 1, the gradient of ratio·Â is that of
-# log π·Â: the policy gradient again.
+# log π·Â, as that of a ratio is ratio times that of its logarithm: the policy gradient again.
 #
 # A *clip*. Nothing yet keeps the optimiser from making one lucky action a hundred times more
 # probable, although at that distance from the data the estimate is worth nothing. So the ratio
 # is held constant outside 1 ± ε, and a constant has no gradient: once an action has gained (or
-# lost) a fifth of its probability, there is nothing more to win from it until fresh data
-# speaks. But gradient steps for the sake of other actions can also carry a ratio out of the
-# band against its own advantage, and there the gradient that brings it back must remain. The
-# *smaller* of the unclipped and the clipped term does all of this:
+# lost) a share ε of its probability, a fifth, there is nothing more to win from it until fresh
+# data speaks. But gradient steps for the sake of other actions can also carry a ratio out of
+# the band against its own advantage, and there the gradient that brings it back must remain.
+# The *smaller* of the unclipped and the clipped term does all of this:
 #
 #                     ratio < 1-ε             within the band        ratio > 1+ε
 #         Â > 0       ratio·Â: pull it back   ratio·Â: push it up    (1+ε)·Â: enough
@@ -713,12 +720,13 @@ def ppo_loss(policy, batch: Batch, config: Config):
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
-    # mean(min(ratio·Â, clip(ratio, 1-ε, 1+ε)·Â)) - vf_coef·mean((V - returns)²) + ...
+    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
     clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
     surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
     # (OpenAI's ppo2, which many follow, clips the change of V as well. That ties the critic to
     # the scale of rewards, and was found not to help, arXiv:2006.05990, so it is left out.)
-    value_loss, entropy = nn.functional.mse_loss(value, batch.returns), entropy.mean()
+    value_loss = nn.functional.mse_loss(value, batch.returns)
+    entropy = entropy.mean()
     loss = config.vf_coef * value_loss - surrogate  # the objective, negative: to descend
     if config.ent_coef:  # else there is no need to differentiate it
         loss = loss - config.ent_coef * entropy
@@ -730,7 +738,7 @@ def ppo_loss(policy, batch: Batch, config: Config):
         stats = {
             "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
-            "entropy": entropy.detach(),  # from log A down; near 0: explores no more
+            "entropy": entropy.detach(),  # of one choice: from log A down; near 0, fixed
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
             "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
         }
@@ -782,14 +790,14 @@ class Adam:
         norm = torch.linalg.vector_norm(g)
         g *= (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.steps += 1
-        # m ← β₁·m + (1 - β₁)·g;  v ← β₂·v + (1 - β₂)·g²
+        # m ← β₁·m + (1 - β₁)·g;  v ← β₂·v + (1 - β₂)·g², with β₁ = 0.9, β₂ = 0.999
         m.lerp_(g, 1 - 0.9)
         v.mul_(0.999).addcmul_(g, g, value=1 - 0.999)
         # Both began at 0, and are too small at first: m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ)
-        rate, root = learning_rate / (1 - 0.9**self.steps), math.sqrt(1 - 0.999**self.steps)
+        rate, scale = learning_rate / (1 - 0.9**self.steps), math.sqrt(1 - 0.999**self.steps)
         # w ← w - learning rate · m̂ / (√v̂ + 1e-5). (Customary in PPO, in place of 1e-8: where
         # gradients have almost vanished, noise must not be scaled up to full-sized steps.)
-        self.weights.addcdiv_(m, (v.sqrt() / root).add_(1e-5), value=-rate)
+        self.weights.addcdiv_(m, (v.sqrt() / scale).add_(1e-5), value=-rate)
         g.zero_()
         return norm
 
@@ -840,15 +848,13 @@ class PPO:
                 policy = ActorCritic(*spaces, seed=seed, **knobs)
         self.policy = policy.to(config.device)
         self.adam, self.reward_normalizer = Adam(policy), Normalizer(1).to(config.device)
-        self.steps = self.episodes = 0
+        self.steps = self.episodes = self.updates = 0  # so far, of all ranks
+        self.rollout_steps = config.batch_size * self.ranks
+        self.total_steps = config.num_updates // self.ranks * self.rollout_steps
         self.recent: deque = deque(maxlen=100)  # (return, length) of finished episodes
         self.generator = torch.Generator()
         self.begin_episodes()
         self.rollout = Rollout(config.num_steps, self.obs, policy.act(self.obs, greedy=True))
-
-    @property
-    def updates(self) -> int:  # done
-        return self.steps // (self.config.batch_size * self.ranks)
 
     def begin_episodes(self):
         """New episodes everywhere, and new draws, with seeds of this rank and this update."""
@@ -867,10 +873,11 @@ class PPO:
             estimates = self._estimate()  # 2. Value; and how probable each action was.
             batch = self._advantages(*estimates)  # 3. Advantage.
             # The rate is full at the first update, and not yet zero at the last.
-            left = 1 - self.updates / (config.num_updates // self.ranks)
+            left = 1 - self.steps / self.total_steps
             rate = config.learning_rate * (max(0.0, left) if config.anneal else 1.0)
             stats = self._improve(batch, rate)  # 4. Improve.
-        self.steps += config.batch_size * self.ranks
+        self.steps += self.rollout_steps
+        self.updates += 1
         mean_return, mean_length = np.mean(self.recent or [(math.nan, math.nan)], 0).tolist()
         # returns - V is Â, so Â's variance is the part of the returns' that V did not explain
         unexplained = (batch.advantage.var() / batch.returns.var()).item()
@@ -883,7 +890,7 @@ class PPO:
             **stats,
             "explained_variance": 1 - unexplained,  # 1: V predicts returns; 0: like a constant
             "learning_rate": rate,
-            "steps_per_second": config.batch_size * self.ranks / (time.perf_counter() - began),
+            "steps_per_second": self.rollout_steps / (time.perf_counter() - began),
         }
 
     def _collect(self):
@@ -894,8 +901,8 @@ class PPO:
         for t in range(self.config.num_steps):
             put(rollout.obs[t], self.obs, "obs")  # before `step`, which may write over it
             rollout.action[t] = action = policy.act(rollout.obs[t], generator=self.generator)
-            self.obs, *others = self.envs.step(policy.to_env(action))
-            ended = rollout.add(t, self.obs, *others)
+            results = self.envs.step(policy.to_env(action))
+            self.obs, ended = results[0], rollout.add(t, results)
             returns += rollout.reward[t]
             lengths += 1
             discounted *= self.config.gamma  # for norm_reward, below
@@ -927,8 +934,8 @@ class PPO:
         values = value.cpu().numpy().reshape(reward.shape)
         next_values = next_value.cpu().numpy().reshape(reward.shape)
         flags = rollout.terminated, rollout.truncated
-        both = gae(reward, values, next_values, *flags, config.gamma, config.gae_lambda)
-        flat = (torch.from_numpy(x).float().flatten().to(config.device) for x in both)
+        targets = gae(reward, values, next_values, *flags, config.gamma, config.gae_lambda)
+        flat = (torch.from_numpy(x).float().flatten().to(config.device) for x in targets)
         return Batch(obs, action, logprob, *flat)
 
     def _improve(self, batch, rate):
@@ -936,8 +943,8 @@ class PPO:
         config, taken = self.config, []
         for minibatch in self._minibatches(batch):
             loss, stats = ppo_loss(self.policy, minibatch, config)
-            # Before the first gradient step the KL is 0, up to rounding. The mean over ranks
-            # makes all of them stop together.
+            # (`taken`: before the first gradient step the KL is 0, up to rounding.) The mean
+            # over ranks makes all of them stop together.
             limited = taken and config.target_kl < math.inf
             if limited and mean_over_ranks(stats["approx_kl"].clone()) > config.target_kl:
                 break  # out of this epoch, and of those that would follow
@@ -945,8 +952,9 @@ class PPO:
             stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)
             taken.append(stats)
         if getattr(self.policy, "normalizer", None) is not None:
-            # Only now, so that actions were chosen, and were judged, by one function.
-            # (It shifts the policy a little, which no KL shows.)
+            # Only now: within an update, actions are chosen and judged by one function. (It
+            # shifts the policy in a way that no KL shows: a lot after the first update, which
+            # nothing had been measured for, then less and less.)
             self._count_in(
                 self.policy.normalizer, batch.obs.reshape(len(batch.obs), -1).double()
             )
@@ -980,9 +988,9 @@ class PPO:
         envs = self.envs.state() if self.ranks == 1 and hasattr(self.envs, "state") else {}
         state = {
             "policy": self.policy.state_dict(),
-            "adam": {"mean": self.adam.mean, "square": self.adam.square},  # its weights: above
+            "adam": {"mean": self.adam.mean, "square": self.adam.square},
             "rewards": self.reward_normalizer.state_dict(),
-            "counts": [self.adam.steps, self.steps, self.episodes],
+            "counts": [self.adam.steps, self.steps, self.episodes, self.updates],
             "recent": torch.tensor(list(self.recent), dtype=torch.float64),
             "generator": self.generator.get_state(),
             "envs": {name: torch.from_numpy(array) for name, array in envs.items()},
@@ -999,7 +1007,7 @@ class PPO:
         self.adam.mean.copy_(state["adam"]["mean"])
         self.adam.square.copy_(state["adam"]["square"])
         self.reward_normalizer.load_state_dict(state["rewards"])
-        self.adam.steps, self.steps, self.episodes = state["counts"]
+        self.adam.steps, self.steps, self.episodes, self.updates = state["counts"]
         self.recent = deque(state["recent"].tolist(), maxlen=100)
         if state["envs"] and self.ranks == 1:
             self.generator.set_state(state["generator"])
@@ -1047,7 +1055,7 @@ class PPO:
 
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
 RESULTS = "obs", "final_obs", "reward", "terminated", "truncated"  # of a step, shared
-DOING = "stepping", "resetting", "giving its state", "taking a state", "closing"
+DOING = "stepping", "resetting", "giving its state", "taking a state"
 
 
 class WorkerError(RuntimeError):
@@ -1070,8 +1078,8 @@ def acquire(semaphore, timeout) -> bool:
     return True
 
 
-def as_arrays(shared: dict) -> dict[str, np.ndarray]:
-    return {name: np.frombuffer(m, kind).reshape(s) for name, (m, s, kind) in shared.items()}
+def as_arrays(shared: dict) -> dict[str, np.ndarray]:  # {name: (memory, shape, dtype)}
+    return {name: np.frombuffer(m, dtype).reshape(s) for name, (m, s, dtype) in shared.items()}
 
 
 def in_a_line(error: BaseException) -> str:
@@ -1100,7 +1108,7 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
         while command != CLOSE:
             done.release()  # the environments are made, or the last command is done
             acquire(go, None)
-            command = rows["command"][0]
+            command = rows["command"][0]  # (in every row the same)
             if command == STEP:
                 put_step(env.step(rows["action"]), **{name: rows[name] for name in RESULTS})
             elif command == RESET:
@@ -1181,9 +1189,9 @@ class EnvPool:
         shared_state = {name: share(a.shape[1:], a.dtype) for name, a in state.items()}
         self._arrays, self._state = as_arrays(shared), as_arrays(shared_state)
         self._workers: list = []  # of (process, go, done, report)
-        # Called by you, when the pool is forgotten, or when the program ends: as in Python's
-        # own Pool, before workers are waited for. Does nothing again, or in a fork of the
-        # learner.
+        # `close()` runs end_workers once: when you call it, when the pool is forgotten, or when
+        # the program ends (before workers are waited for, as in Python's own Pool); never in a
+        # fork of the learner.
         ending = self._workers, self._arrays["command"]
         self.close = mp.util.Finalize(self, end_workers, ending, exitpriority=10)
         try:
@@ -1317,22 +1325,22 @@ class EnvPool:
 # number of threads, with any number of workers: every seed is derived from config.seed.
 
 BARS = {195: "CartPole-v0", 475: "CartPole-v1"}  # mean returns that count as solving them
-# Knobs that a resumed run cannot change
+# Knobs that a resumed run cannot change: what was saved depends on them
 KEPT = "env", "seed", "hidden", "num_envs", "norm_obs", "norm_reward"
 say = functools.partial(print, flush=True)
 
 
 def make_env(name: str, num_envs: int):
-    """The environments that `--env` names: "CartPole" is part 2's; what ends in -v and a number
-    is Gymnasium's; another name with a colon is a callable in a module, called with
-    num_envs."""
+    """The environments that `--env` names: "CartPole" is part 2's; a name with a colon that
+    does not end in -v and a number is a callable in a module, called with num_envs; any other
+    is Gymnasium's."""
     if name == "CartPole":
         return CartPole(num_envs)
     if ":" in name and not name.rpartition("-v")[2].isdigit():
         return pkgutil.resolve_name(name)(num_envs)
     import gymnasium as gym
 
-    def keep(env):  # copies observations: reset may reuse an array, and change final_obs
+    def keep(env):  # copies observations: some environments write over the array of final_obs
         return gym.wrappers.TransformObservation(env, np.copy, env.observation_space)
 
     mode = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -1444,8 +1452,8 @@ class Run:
             file.truncate(min(self.told["log_size"], file.tell()))
         config = json.dumps(dataclasses.asdict(learner.config), indent=2) + "\n"
         replace_file(folder / "config.json", config.encode())
-        self.updates = learner.config.num_updates // learner.ranks
-        size = f"{self.updates} updates of {learner.config.batch_size * learner.ranks} steps"
+        updates = learner.total_steps // learner.rollout_steps
+        size = f"{updates} updates of {learner.rollout_steps} steps"
         say(f"training {learner.config.env}: {size}; everything is kept in {folder}")
         self.clock = time.monotonic()
         self.keep_snapshot()
@@ -1471,16 +1479,16 @@ class Run:
                 at = f"mean return of 100 episodes, {steps:,} steps, {row['seconds']:.1f} s"
                 say(f"passed {bar}, the bar of {name}: {at}")
         self.keep_snapshot()
-        if now - self.saved_at >= config.checkpoint_seconds or row["update"] == self.updates:
-            speed, share = row["steps_per_second"], row["update"] / self.updates
-            at = f"{steps:>11,} steps  {share:4.0%}   return {mean:.1f}   {speed:,.0f} steps/s"
-            say(f"{at}   {steps * (1 / share - 1) / speed:.0f} s left")
+        total, speed = self.learner.total_steps, row["steps_per_second"]
+        if now - self.saved_at >= config.checkpoint_seconds or steps >= total:
+            share = f"{steps:>11,} steps  {steps / total:4.0%}   return {mean:.1f}"
+            say(f"{share}   {speed:,.0f} steps/s   {max(0, total - steps) / speed:.0f} s left")
             self.save()
 
     def keep_snapshot(self):
-        """Keeps the policy at eight moments, first and last included, for the page."""
+        """Keeps the policy at up to eight moments, first and last included, for the page."""
         count = len(self.snapshots)
-        if count < 8 and self.learner.updates >= count * self.updates / 7:
+        if count < 8 and self.learner.steps >= count * self.learner.total_steps / 7:
             policy = copy.deepcopy(self.learner.policy.state_dict())
             self.snapshots.append({"steps": self.learner.steps, "policy": policy})
 
@@ -1508,9 +1516,9 @@ Result = namedtuple("Result", "policy returns run")
 
 @contextlib.contextmanager
 def process_group(device: str):
-    """Joins the other ranks, if torchrun started this process and nobody has joined them
-    yet, and leaves them in the end. (After a failure torchrun ends them all; leaving would wait
-    for ranks that wait for this one.)"""
+    """Joins the other ranks, if torchrun started this process and no group exists yet, and
+    leaves them in the end. (After a failure torchrun ends them all; leaving would wait for
+    ranks that wait for this one.)"""
     group, ours = torch.distributed, False
     if group.is_available() and group.is_torchelastic_launched():
         ours = not group.is_initialized()
@@ -1548,7 +1556,7 @@ def train(config: Config, *, resume=None) -> Result:
                     folder = pathlib.Path(resume) if resume else new_run(config)
                     run = Run(folder, learner, saved)
                 try:
-                    while learner.updates < config.num_updates // learner.ranks:
+                    while learner.steps < learner.total_steps:
                         row = learner.update()
                         if learner.rank == 0:
                             run.add(row)
@@ -1692,7 +1700,7 @@ function step([x, speed, angle, spin], force) {
   const sin = Math.sin(angle), cos = Math.cos(angle);
   const temp = (force + P.POLE_MOMENT * (spin * spin) * sin) / P.TOTAL_MASS;
   const turn = (P.GRAVITY * sin - cos * temp)
-    / (P.HALF_LENGTH * (4 / 3 - P.POLE_MASS * (cos * cos) / P.TOTAL_MASS));
+    / (P.HALF_LENGTH * (P.FOUR_THIRDS - P.POLE_MASS * (cos * cos) / P.TOTAL_MASS));
   const pull = temp - P.POLE_MOMENT * turn * cos / P.TOTAL_MASS;
   return [x + P.TAU * speed, speed + P.TAU * pull, angle + P.TAU * spin, spin + P.TAU * turn];
 }
@@ -1839,7 +1847,7 @@ def make_page(saved: dict) -> str:
         "hidden": config.hidden,
         "policies": policies,
     }
-    # In a string, < is as good as \u003c, but </script> would end the script.
+    # A string may have \u003c for <, so that no </script> in it ends the script.
     return PAGE.replace("RUN_DATA", json.dumps(data).replace("<", "\\u003c"))
 
 
