@@ -250,8 +250,7 @@ def test_the_programs_in_readme_run(in_tmp, capsys):
 
 WRONG = {
     "num_envs": (0, 64.0, True, "64", [64], None, math.inf),
-    "gamma": (math.nan, 1.5, -0.1, "1"),
-    "clip": (False, 2),
+    "gamma": (math.nan, 1.5, -0.1, "1", False),
     "learning_rate": (math.inf, -1e-3),
     "target_kl": (None, -1),
     "anneal": (1, "yes"),
@@ -1378,8 +1377,7 @@ def test_two_ranks_under_torchrun_log_save_and_go_on_after_a_kill(in_tmp):
 def one_rank(rank, folder, queue, limits):
     """Trains as one of two ranks of a process group that the caller began."""
     os.chdir(folder)
-    options = {"init_method": f"file://{folder}/group", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", **options)
+    torch.distributed.init_process_group("gloo", f"file:{folder}/g?rank={rank}&world_size=2")
     original = thrust.ppo_loss
 
     def far(*arguments):  # rank 1 alone is far beyond target_kl; the mean of both decides
@@ -1393,6 +1391,8 @@ def one_rank(rank, folder, queue, limits):
         assert torch.distributed.is_initialized()  # it is the caller's
         moments = [m.numpy() for m in result.policy.normalizer.state_dict().values()]
         queue.put((limit, rank, weights_of(result.policy).numpy(), moments, result.run))
+    queue.close(), queue.join_thread()
+    os._exit(0)  # leaving a group, or Python with one, hangs at times in some versions of torch
 
 
 @DISTRIBUTED
@@ -1402,7 +1402,7 @@ def test_ranks_of_somebody_elses_group_keep_equal_weights_and_stop_together(in_t
     ranks = [context.Process(target=one_rank, args=(rank, *args)) for rank in (0, 1)]
     [process.start() for process in ranks]
     results = {r[:2]: r[2:] for r in (args[1].get(timeout=60) for _ in range(6))}
-    [process.join(10) for process in ranks]
+    assert [process.join(20) or process.exitcode for process in ranks] == [0, 0]
     for limit in limits:
         (a, moments, run), (b, others, none) = results[limit, 0], results[limit, 1]
         assert same(a, b) and all(map(same, moments, others)) and none is None

@@ -565,7 +565,7 @@ class ActorCritic(nn.Module):
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation, arXiv:1506.02438, equations 11 and 16: (advantages,
-    returns). All arrays are NumPy's, (T, N).
+    returns). All arrays are NumPy's, whose small steps cost less than torch's, (T, N).
 
     rewards      r_t
     values       V(s_t), of the observation that the action was chosen from
@@ -848,7 +848,7 @@ class PPO:
                 policy = ActorCritic(*spaces, seed=seed, **knobs)
         self.policy = policy.to(config.device)
         self.adam, self.reward_normalizer = Adam(policy), Normalizer(1).to(config.device)
-        self.steps = self.episodes = self.updates = 0  # so far, of all ranks
+        self.steps = self.episodes = self.updates = 0  # so far; steps are those of all ranks
         self.rollout_steps = config.batch_size * self.ranks
         self.total_steps = config.num_updates // self.ranks * self.rollout_steps
         self.recent: deque = deque(maxlen=100)  # (return, length) of finished episodes
