@@ -90,12 +90,12 @@ from torch import nn
 # Every number that a user may want to turn stands here once: its default, the text that --help
 # prints, the lowest and the highest value. Flags and config.json are made from this class.
 #
-# The defaults were searched for on CartPole, with other seeds than those whose results README
-# reports; for other games it has others. N = 64, T = 32 and M = 512 are large for so small a
-# game: at these sizes a call into torch costs as much as the arithmetic that it does, so large
-# batches are cheap. The learning rate is twenty times the common 3e-4: CartPole can be learned
-# in large steps, as long as the rate then falls towards zero for careful ones. 1e30 stands for
-# any finite number.
+# The defaults are for CartPole, and were searched for with other seeds than those whose results
+# README reports; settings for other games stand there. N = 64, T = 32 and M = 512 are large for
+# so small a game: at these sizes a call into torch costs as much as the arithmetic that it
+# does, so large batches are cheap. The learning rate is twenty times the common 3e-4: CartPole
+# can be learned in large steps, as long as the rate then falls towards zero for careful ones.
+# 1e30 stands for any finite number.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -456,7 +456,7 @@ class ActorCritic(nn.Module):
                 noise = torch.randn(outputs.shape, generator=generator)
                 outputs = outputs + self.log_std.exp() * noise.to(outputs.device)
             return outputs.cpu().view(-1, *self.action_space.shape)
-        logits = self._logits(outputs).cpu()  # (k, n, A); there, because actions must
+        logits = self._logits(outputs).cpu()  # (k, n, A); on the CPU, as actions must be
         if not greedy:
             # The largest of logit - log(exponential noise) falls on each choice with just its
             # softmax probability (the "Gumbel trick"); the noise costs less than other ways.
