@@ -1496,7 +1496,7 @@ def test_a_wrong_flag_is_one_line_and_code_2_any_other_failure_one_and_1(flags, 
     assert not wrong_flag or len(list(in_tmp.iterdir())) == 1
 
 
-STOPS = [("SIGINT", 130, 0), ("SIGINT", 130, 2), ("SIGTERM", 143, 2), ("SIGHUP", 129, 2)]
+STOPS = [("SIGINT", 130, 2), ("SIGTERM", 143, 0), ("SIGHUP", 129, 2)]
 
 
 @POSIX
