@@ -208,9 +208,7 @@ assert state() == before
 """
 
 
-def test_importing_it_only_defines_names_and_the_loop_of_part_5_trains_and_leaves_no_trace(
-    in_tmp,
-):
+def test_importing_only_defines_names_and_the_loop_of_part_5_leaves_no_trace(in_tmp):
     text = SOURCE.read_text(encoding="utf-8").split("PPO is complete here")[1]
     loop = re.search(r"\n#\n((?:#     .*\n){4})#\n", text)[1].replace("#     ", "")
     loop = loop.replace("Config()", "Config(total_steps=6144)")

@@ -262,7 +262,7 @@ class CartPole:
         count. Raises ValueError unless actions are (N,) integers 0 or 1."""
         actions = np.asarray(actions)
         whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
-        # The bitwise or of all actions is 0 or 1 if and only if each of them is: one call.
+        # One call will do: the bitwise or of all is 0 or 1 if and only if each of them is.
         if not whole or np.bitwise_or.reduce(actions) not in (0, 1):
             raise ValueError(
                 f"actions must be {self.num_envs} integers, 0 or 1; got {actions!r}"
@@ -583,10 +583,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     >>> advantages.ravel().tolist(), returns.ravel().tolist()
     ([-0.0625, -0.25, -1.0], [1.9375, 1.75, 1.0])
     """
-    # δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t)
-    advantages = (
-        rewards + gamma * np.where(terminated, 0, next_values) - values
-    )  # holds δ, and becomes Â
+    # δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t), in the array that becomes Â
+    advantages = rewards + gamma * np.where(terminated, 0, next_values) - values
     # Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}, from the end to the start
     fading = np.where(terminated | truncated, 0, gamma * lam)
     for t in reversed(range(len(rewards) - 1)):
@@ -738,7 +736,7 @@ def ppo_loss(policy, batch: Batch, config: Config):
         stats = {
             "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
-            "entropy": entropy.detach(),  # of one choice: from log A down; near 0, fixed
+            "entropy": entropy.detach(),  # from log A down (one choice); 0: explores no more
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
             "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
         }
@@ -1539,31 +1537,31 @@ def train(config: Config, *, resume=None) -> Result:
     Raises ValueError for a run that cannot be resumed, or not with this config; RuntimeError
     for NaN or infinity; WorkerError for a failed worker; OSError where a file cannot be
     written. The last checkpoint is then whole."""
+    old, saved = load_checkpoint(resume) if resume else (config, {})
+    for name in KEPT:
+        before, now = getattr(old, name), getattr(config, name)
+        if before != now:
+            raise ValueError(f"{resume} has {name} = {before}, which cannot become {now}")
     with torch_threads(config.threads):
-        with process_group(config.device):
-            old, saved = load_checkpoint(resume) if resume else (config, {})
-            for name in KEPT:
-                before, now = getattr(old, name), getattr(config, name)
-                if before != now:
-                    raise ValueError(
-                        f"{resume} has {name} = {before}, which cannot become {now}"
-                    )
-            with contextlib.closing(make_envs(config, config.num_envs)) as envs:
-                learner = PPO(envs, config)
-                if saved:
-                    learner.load_state_dict(saved["learner"])
-                if learner.rank == 0:
-                    folder = pathlib.Path(resume) if resume else new_run(config)
-                    run = Run(folder, learner, saved)
-                try:
-                    while learner.steps < learner.total_steps:
-                        row = learner.update()
-                        if learner.rank == 0:
-                            run.add(row)
-                except BaseException:
+        with (
+            process_group(config.device),
+            contextlib.closing(make_envs(config, config.num_envs)) as envs,
+        ):
+            learner = PPO(envs, config)
+            if saved:
+                learner.load_state_dict(saved["learner"])
+            if learner.rank == 0:
+                folder = pathlib.Path(resume) if resume else new_run(config)
+                run = Run(folder, learner, saved)
+            try:
+                while learner.steps < learner.total_steps:
+                    row = learner.update()
                     if learner.rank == 0:
-                        say(f"stopped; to go on: python thrust.py --resume {folder}")
-                    raise
+                        run.add(row)
+            except BaseException:
+                if learner.rank == 0:
+                    say(f"stopped; to go on: python thrust.py --resume {folder}")
+                raise
         if learner.rank > 0:
             return Result(learner.policy, np.zeros(0), None)
         say(f"page: {folder / 'page.html'}")
