@@ -61,6 +61,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -318,7 +319,7 @@ class CartPole:
         episodes = self._episodes[rows]
         place = episodes % self.BLOCK
         self._draw_starts(rows[place == 0])
-        self._state.T[rows] = self._starts[rows * self.BLOCK + place]
+        self._state.T[rows] = self._starts.take(rows * self.BLOCK + place, axis=0)
         self._episodes[rows], self._steps[rows] = episodes + 1, 0
 
     def _draw_starts(self, rows):
@@ -361,6 +362,16 @@ class CartPole:
 # unchanged, because its probability is that of what was drawn; only `to_env` clips it.
 
 
+class MLP(nn.Sequential):
+    """Layers, called as plain methods: to call one as a module looks for hooks first, which for
+    a few rows takes as long as the layer's arithmetic."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer.forward(x)
+        return x
+
+
 def mlp(sizes, gain):
     """mlp([4, 64, 64, 2], ...) is 4 → 64 → tanh → 64 → tanh → 2; `gain` is the last layer's."""
     layers = []
@@ -369,7 +380,7 @@ def mlp(sizes, gain):
         nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
         nn.init.zeros_(layers[-2].bias)
     nn.init.orthogonal_(layers[-2].weight, gain)  # the last one again, with its own gain
-    return nn.Sequential(*layers[:-1])
+    return MLP(*layers[:-1])
 
 
 class Normalizer(nn.Module):
@@ -396,7 +407,7 @@ class Normalizer(nn.Module):
         return self.var.clamp(min=1e-8).sqrt()
 
     def forward(self, x):  # (k, K) → float32 (k, K)
-        return ((x - self.mean) / self.std()).clamp(-10, 10).float()
+        return ((x.to(self.mean) - self.mean) / self.std()).clamp(-10, 10).float()
 
 
 class ActorCritic(nn.Module):
@@ -441,6 +452,8 @@ class ActorCritic(nn.Module):
             penalty = torch.from_numpy(surplus) * -1e9 if surplus.any() else None
             self.register_buffer("penalty", penalty, persistent=False)
         self.normalizer = Normalizer(inputs) if norm_obs else None
+        # What the networks see is made like this: float32, on the device
+        self.register_buffer("like", torch.zeros(()), persistent=False)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
             self.actor = mlp([inputs, *hidden, outputs], 0.01)
@@ -506,11 +519,10 @@ class ActorCritic(nn.Module):
         space, x = self.observation_space, torch.as_tensor(obs)
         if x.ndim == 0 or x.shape[1:] != space.shape:
             raise ValueError(f"observations must be (k, *{space.shape}), got {tuple(x.shape)}")
-        x = x.to(next(self.parameters()).device)
         if self.one_hot:
-            return nn.functional.one_hot(x.long() - int(space.start), int(space.n)).float()
+            x = nn.functional.one_hot(x.long() - int(space.start), int(space.n))
         x = x.reshape(len(x), -1)
-        return x.float() if self.normalizer is None else self.normalizer(x)
+        return x.to(self.like) if self.normalizer is None else self.normalizer(x)
 
 
 # ==============================================================================================
@@ -718,9 +730,10 @@ def ppo_loss(policy, batch: Batch, config: Config):
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
-    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
-    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-    surrogate = torch.min(ratio * advantage, clipped * advantage).mean()
+    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ), which is ratio·Â, but never more than
+    # (1+ε)·Â where Â > 0, and (1-ε)·Â where Â < 0: both are Â + ε·|Â|
+    bound = advantage + config.clip * advantage.abs()
+    surrogate = (ratio * advantage).clamp(max=bound).mean()
     # (OpenAI's ppo2, which many follow, clips the change of V as well. That ties the critic to
     # the scale of rewards, and was found not to help, arXiv:2006.05990, so it is left out.)
     value_loss = nn.functional.mse_loss(value, batch.returns)
@@ -733,12 +746,13 @@ def ppo_loss(policy, batch: Batch, config: Config):
         # is the mean of -log ratio over the old policy's actions. Adding ratio - 1, which is 0
         # on average, makes every term 0 or more, and the estimate steadier (Schulman 2020,
         # "Approximating KL divergence").
+        change = ratio - 1
         stats = {
             "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
             "entropy": entropy.detach(),  # from log A down (one choice); 0: explores no more
-            "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
-            "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
+            "approx_kl": (change - log_ratio).mean(),  # healthy: 0.001 to 0.03
+            "clip_fraction": (change.abs() > config.clip).float().mean(),  # 0.05 to 0.3
         }
     return loss, stats
 
@@ -956,12 +970,12 @@ class PPO:
             self._count_in(
                 self.policy.normalizer, batch.obs.reshape(len(batch.obs), -1).double()
             )
-        for name, tensor in self.policy.state_dict().items():
-            if not tensor.isfinite().all():  # which NaN and infinity anywhere lead to
-                causes = "a learning rate that is too large, huge rewards (norm_reward scales "
-                causes += "them), or an environment that returned NaN or infinity"
-                what = f"update {self.updates + 1} led to NaN or infinity in {name}"
-                raise RuntimeError(f"{what}; usual causes are {causes}")
+        learned = nn.utils.parameters_to_vector(self.policy.state_dict().values())
+        if not learned.isfinite().all():  # which NaN and infinity anywhere lead to
+            causes = "a learning rate that is too large, huge rewards (norm_reward scales "
+            causes += "them), or an environment that returned NaN or infinity"
+            what = f"update {self.updates + 1} led to NaN or infinity in the policy"
+            raise RuntimeError(f"{what}; usual causes are {causes}")
         means = {k: torch.stack([stats[k] for stats in taken]).mean().item() for k in taken[0]}
         return {**means, "gradient_steps": len(taken)}  # grad_norm is from before the scaling
 
@@ -971,9 +985,8 @@ class PPO:
         size, config = len(batch.returns), self.config
         for _ in range(config.epochs):
             order = torch.randperm(size, generator=self.generator).to(config.device)
-            pieces = math.ceil(size / config.minibatch_size)
-            shuffled = (tensor[order].tensor_split(pieces) for tensor in batch)
-            yield from (Batch(*minibatch) for minibatch in zip(*shuffled))
+            for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
+                yield Batch(*(tensor.index_select(0, rows) for tensor in batch))
 
     def _count_in(self, normalizer, x):  # float64 (k, K), of each rank
         mean = mean_over_ranks(x.mean(0))
@@ -1102,13 +1115,13 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
         state = {name: array[part] for name, array in as_arrays(shared_state).items()}
         env = make_env(part.stop - part.start)
         require_same_step(env)
-        command = None
+        results, command = {name: rows[name] for name in RESULTS}, None
         while command != CLOSE:
             done.release()  # the environments are made, or the last command is done
             acquire(go, None)
             command = rows["command"][0]  # (in every row the same)
             if command == STEP:
-                put_step(env.step(rows["action"]), **{name: rows[name] for name in RESULTS})
+                put_step(env.step(rows["action"]), **results)
             elif command == RESET:
                 first = int(rows["seed"][0])  # the others' follow from it; -1: none
                 put(rows["obs"], env.reset(seed=None if first < 0 else first)[0], "obs")
@@ -1232,7 +1245,7 @@ class EnvPool:
         """Waits for all workers: (obs, reward, terminated, truncated, info), as CartPole's."""
         self._finish(STEP)
         a = self._arrays
-        ended = a["terminated"].any() or a["truncated"].any()
+        ended = np.count_nonzero(a["terminated"]) or np.count_nonzero(a["truncated"])
         info = {"final_obs": a["final_obs"]} if ended else {}
         return a["obs"], a["reward"], a["terminated"], a["truncated"], info
 
@@ -1850,4 +1863,5 @@ def make_page(saved: dict) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays: to look for garbage in it at the end takes 0.2 s
     sys.exit(main())
