@@ -795,7 +795,7 @@ class Whole(Stateless):
 def test_whole_numbers_as_actions_are_learned_from_as_they_were_drawn():
     learner, row = trained(Whole, 80)
     action = learner.rollout.action
-    assert action.dtype == torch.float32 and not torch.equal(action, action.round())
+    assert action.dtype == np.float32 and not np.array_equal(action, action.round())
     assert row["mean_return"] > -0.7
 
 
@@ -1197,18 +1197,19 @@ def test_training_leaves_the_process_as_it_was_and_closes_its_pool(in_tmp, monke
         settings = torch.get_num_threads(), np.get_printoptions(), np.geterr()
         return handlers, generators, settings, mp.active_children()
 
-    children, original = [], thrust.evaluate
+    began, original = [], thrust.evaluate
 
-    def count(*args):  # when the evaluation begins, with a worker of its own
-        children.append(len(mp.active_children()))
+    def count(*args):  # when an evaluation begins
+        began.append((len(mp.active_children()), torch.get_num_threads()))
         return original(*args)
 
     monkeypatch.setattr(thrust, "evaluate", count)
     torch.set_num_threads(2)
     before = state()
     thrust.train(small(workers=3, eval_episodes=1))
-    assert children == [1]
     thrust.main([*SMALL_FLAGS, "--seed", "1"])
+    thrust.main(["--evaluate", "runs/CartPole-1"])
+    assert began == [(1, 1), (0, 1), (0, 1)]  # workers of its own, config.threads
     with pytest.raises(RuntimeError, match="NaN or infinity"), np.errstate(all="ignore"):
         thrust.train(small(learning_rate=1e30))
     assert state() == before

@@ -19,11 +19,12 @@ callbacks or plugins. It needs NumPy and PyTorch; with Gymnasium it trains on ot
 PPO in six steps; `PPO.update`, in part 5, carries the same numbers:
 
     1. Collect.    Let the policy play T steps in N environments at once; keep all of it.
-    2. Value.      Ask a second network how much reward it expects from each state onwards.
+    2. Value.      Ask a second network, the critic, how much reward it expects from each state
+                   onwards.
     3. Advantage.  Work out, for every action, how much better it went than expected.
     4. Improve.    Go over the data a few times, in small shuffled batches: make actions that
                    went better than expected more probable and the others less, but stop pushing
-                   where a probability has moved far enough; and correct the second network.
+                   where a probability has moved far enough; and correct the critic.
     5. Measure.    How good is the policy by now, and was the update healthy?
     6. Repeat.     The data is thrown away: the policy that played it no longer exists.
 
@@ -32,17 +33,18 @@ only the difference from what was expected tells something about the action.
 
 Parts: 1 Config, 2 CartPole, 3 ActorCritic, 4 Rollout, 5 PPO. With these five, PPO is complete.
 Then come 6 EnvPool (worker processes), 7 Runs (log, checkpoints), 8 Command line, 9 Page. Each
-uses only what stands above it (but 7 also uses 9), and its heading says what a copy needs.
+uses only what stands above it (but 7 also uses 9). "Needs", in a part's heading, is for those
+who copy it alone: what to import, and which other parts, whose imports then come along.
 
 Words. An *environment* is a game. What the player sees of its *state* s is an *observation*, or
-obs; what it does is an *action* a; what it is paid for one step is a *reward* r; all together,
-and the observation that follows, are a *transition*. An *episode* is one game from start to
-end; a *rollout* is some number of steps, wherever it begins or ends. The *policy* π(a|s) gives
-each action a probability, and the player draws from those. The *return* is the sum of an
-episode's rewards; the *value* of a state is the sum of rewards that the policy can expect from
-there, later ones counting less; the *advantage* of an action is how much better it went than
-that. An *epoch* is one pass over a rollout, in pieces called *minibatches*. A *rank* is one of
-several processes that train together; usually there is one.
+obs; what it does is an *action* a; what it is paid for one step is a *reward* r. These, and the
+observation that follows, make one *transition*. An *episode* is one game from start to end; a
+*rollout* is some number of steps, wherever it begins or ends. The *policy* π(a|s) gives each
+action a probability, and the player draws from those. The *return* is the sum of an episode's
+rewards; the *value* of a state is the sum of rewards that the policy can expect from there,
+later ones counting less; the *advantage* of an action is how much better it is than that. An
+*epoch* is one pass over a rollout, in pieces called *minibatches*. A *rank* is one of several
+processes that train together; usually there is one.
 
     N  environments played side by side         γ  discount: a reward k steps away counts γᵏ
     T  steps of each of them in a rollout       λ  how much advantages rely on rewards seen,
@@ -96,7 +98,7 @@ from torch import nn
 # so small a game: at these sizes a call into torch costs as much as the arithmetic that it
 # does, so large batches are cheap. The learning rate is twenty times the common 3e-4: CartPole
 # can be learned in large steps, as long as the rate then falls towards zero for careful ones.
-# 1e30 stands for any finite number.
+# Infinity is allowed where it means "no limit"; 1e30 stands for any finite number.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -111,7 +113,7 @@ class Config:
     env: str = knob("CartPole", "CartPole, an id that Gymnasium knows, or module:callable")
     seed: int = knob(0, "the number that every random draw is derived from", 0)
     num_envs: int = knob(64, "environments of each rank (N); many: little noise", 1, 10**6)
-    num_steps: int = knob(32, "steps per rollout (T); few: shortsighted advantages", 1, 10**6)
+    num_steps: int = knob(32, "steps per rollout (T); few: trusts the critic more", 1, 10**6)
     total_steps: int = knob(200_000, "steps to train for, of all environments and ranks", 1)
     minibatch_size: int = knob(512, "transitions per gradient step, or fewer (M)", 3)
     epochs: int = knob(3, "passes over a rollout; many: its data no longer fits the policy", 1)
@@ -119,13 +121,13 @@ class Config:
     anneal: bool = knob(True, "lower the learning rate, update by update, towards 0")
     gamma: float = knob(0.98, "discount γ; about the next 1/(1-γ) steps count", 0, 1)
     gae_lambda: float = knob(0.95, "λ; 0: trust expected rewards, 1: only rewards seen", 0, 1)
-    clip: float = knob(0.2, "ε; what has moved by this share is pushed no further", 0, 1)
+    clip: float = knob(0.2, "ε; a probability moved by this share is pushed no further", 0, 1)
     ent_coef: float = knob(0.0, "weight of entropy, a reward for being undecided", 0, 1e30)
     vf_coef: float = knob(0.5, "weight of the value function's squared error", 0, 1e30)
     max_grad_norm: float = knob(0.5, "longer gradients are scaled down to this length", 0)
-    target_kl: float = knob(math.inf, "end an update at this KL divergence, perhaps 0.02", 0)
+    target_kl: float = knob(math.inf, "end an update at this KL, such as 0.02; inf: never", 0)
     norm_obs: bool = knob(False, "shift and scale observations by their mean and deviation")
-    norm_reward: bool = knob(False, "scale rewards by the deviation of discounted returns")
+    norm_reward: bool = knob(False, "scale rewards by the deviation of their discounted sums")
     hidden: tuple = knob((64, 64), "widths of each network's hidden layers", 1, 10**5)
     device: str = knob("cpu", "where the networks learn: cpu or cuda")
     threads: int = knob(1, "torch's threads; more slow down networks this small", 1, 1024)
@@ -142,7 +144,7 @@ class Config:
 
     @property
     def num_updates(self) -> int:
-        """Rollouts that fit into total_steps; what is left over is not played."""
+        """Rollouts of one rank that fit into total_steps; what is left over is not played."""
         return self.total_steps // self.batch_size
 
     def __post_init__(self):
@@ -159,7 +161,8 @@ class Config:
                 whole = kind is not tuple or all(type(x) is int for x in value)
                 fits = whole and all(low <= x <= high for x in numbers)
             if not fits:
-                rule = kind.__name__ + ("" if low is None else f", from {low} to {high}")
+                rule = "tuple of int" if kind is tuple else kind.__name__
+                rule += "" if low is None else f", from {low} to {high}"
                 raise ValueError(f"{name} must be of type {rule}; got {value!r}")
         if self.workers > self.num_envs:
             raise ValueError(f"workers must be at most {self.num_envs}; got {self.workers}")
@@ -220,7 +223,7 @@ class CartPole:
     those of Barto, Sutton and Anderson (1983), without friction, as corrected by Florian
     (2007)."""
 
-    # Arrays, because NumPy takes longer to convert a Python number than to multiply 64 numbers
+    # 0-d arrays: NumPy takes longer to convert a Python number than to multiply 64 numbers
     GRAVITY = np.array(9.8)  # m/s²
     POLE_MASS = np.array(0.1)  # kg
     TOTAL_MASS = np.array(0.1 + 1.0)  # kg, with the cart
@@ -246,7 +249,7 @@ class CartPole:
         self._reward = np.ones(num_envs)
         # Steps of the running episodes, episodes begun, and seeds
         self._steps, self._episodes, self._seeds = np.zeros((3, num_envs), np.int64)
-        self._starts = np.zeros((num_envs * self.BLOCK, 4))  # start states, one block for each
+        self._starts = np.zeros((num_envs * self.BLOCK, 4))  # a block for each environment
         self.reset(seed=int(np.random.SeedSequence().generate_state(1)[0]))  # any seed
 
     def reset(self, *, seed: int | None = None, options: None = None):
@@ -259,8 +262,8 @@ class CartPole:
 
     def step(self, actions: np.ndarray):
         """Pushes every cart once: (obs, reward, terminated, truncated, info). `info` is empty
-        or, where episodes ended, has "final_obs": float32 (N, 4), of which only their rows
-        count. Raises ValueError unless actions are (N,) integers 0 or 1."""
+        or, where episodes ended, has "final_obs": float32 (N, 4), of which only the rows of
+        those count. Raises ValueError unless actions are (N,) integers 0 or 1."""
         actions = np.asarray(actions)
         whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
         # One call will do: the bitwise or of all is 0 or 1 if and only if each of them is.
@@ -324,8 +327,8 @@ class CartPole:
 
     def _draw_starts(self, rows):
         """Draws the block of start states that each environment is in: four numbers within
-        ±0.05 each. So that no generator has to be saved, one is made for each block and jumps
-        to its place; as that takes as long as half a step, a block is 128 starts."""
+        ±0.05 each. No generator has to be saved: each block makes one, and advances it to its
+        place. As that takes as long as half a step, a block is 128 starts."""
         for i in rows:
             block = int(self._episodes[i]) // self.BLOCK
             bits = np.random.PCG64(int(self._seeds[i])).advance(4 * self.BLOCK * block)
@@ -347,24 +350,23 @@ class CartPole:
 # rewards, at the cost of the actor. On CartPole, shared hidden layers needed about twice the
 # steps.
 #
-# Initial weights are orthogonal: the rows of a matrix (or its columns, if it has fewer of them)
-# are at right angles and equally long, so no direction that gets through a layer is stretched
-# more than another, and signals neither explode nor vanish at the start. The gains, by which
-# they are then multiplied, are customary in PPO: √2 in hidden layers, 1 for the critic's
-# output, and 0.01 for the actor's, so that all actions start out almost equally probable, and
-# chance does not decide early what is explored.
+# Initial weights are orthogonal: no direction that gets through a layer is stretched more than
+# another, so signals neither explode nor vanish at the start. The gains, by which they are then
+# multiplied, are customary in PPO: √2 in hidden layers, 1 for the critic's output, and 0.01 for
+# the actor's, so that all actions start out almost equally probable, and chance does not decide
+# early what is explored.
 #
 # Other kinds of action. An action may also consist of n independent choices (MultiDiscrete);
 # one choice is n = 1. Each has its own logits and, as they are independent, their
 # log-probabilities add up. For real numbers (Box), each output is the mean of a normal
 # distribution, whose standard deviation σ is a parameter that does not depend on the
-# observation and begins at 1. What is drawn may lie outside the box. It is learned from
-# unchanged, because its probability is that of what was drawn; only `to_env` clips it.
+# observation and begins at 1. A draw may lie outside the box: `to_env` clips it for the
+# environment, but the loss sees it as drawn, because that is what has the probability.
 
 
 class MLP(nn.Sequential):
-    """Layers, called as plain methods: to call one as a module looks for hooks first, which for
-    a few rows takes as long as the layer's arithmetic."""
+    """Layers, called as plain methods: to call one as a module looks for hooks first (here are
+    none), which for a few rows takes as long as the layer's arithmetic."""
 
     def forward(self, x):
         for layer in self:
@@ -420,9 +422,9 @@ class ActorCritic(nn.Module):
     seed               of the initial weights; torch's global generator is left as it was
     norm_obs           normalise observations first (part 5 measures their mean and deviation)
 
-    Observations are arrays or tensors, (k, *observation shape) for any k. Actions are tensors,
-    (k, *action shape): int64 counted from 0, or float32 not clipped; `to_env` makes them fit
-    for the environment. Raises ValueError for other spaces and other shapes."""
+    Observations are arrays or tensors, (k, *observation shape), for any k but 0. Actions are
+    tensors, (k, *action shape): int64 counted from 0, or float32 not clipped; `to_env` makes
+    them fit for the environment. Raises ValueError for other spaces and other shapes."""
 
     def __init__(
         self, observation_space, action_space, hidden=(64, 64), *, seed=0, norm_obs=False
@@ -452,10 +454,10 @@ class ActorCritic(nn.Module):
             penalty = torch.from_numpy(surplus) * -1e9 if surplus.any() else None
             self.register_buffer("penalty", penalty, persistent=False)
         self.normalizer = Normalizer(inputs) if norm_obs else None
-        # What the networks see is made like this: float32, on the device
+        # Its dtype and device are those that observations are converted to
         self.register_buffer("like", torch.zeros(()), persistent=False)
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed: CUDA's as well
             self.actor = mlp([inputs, *hidden, outputs], 0.01)
             self.critic = mlp([inputs, *hidden, 1], 1.0)
 
@@ -471,8 +473,8 @@ class ActorCritic(nn.Module):
             return outputs.cpu().view(-1, *self.action_space.shape)
         logits = self._logits(outputs).cpu()  # (k, n, A); on the CPU, as actions must be
         if not greedy:
-            # The largest of logit - log(exponential noise) falls on each choice with just its
-            # softmax probability (the "Gumbel trick"); the noise costs less than other ways.
+            # The largest of logit - log(exponential noise) falls on each choice with exactly
+            # its softmax probability (the "Gumbel trick"); this costs less than other ways.
             noise = torch.empty_like(logits).exponential_(generator=generator)
             logits = logits - noise.log()
         return logits.argmax(-1).view(-1, *self.action_space.shape)
@@ -549,7 +551,7 @@ class ActorCritic(nn.Module):
 # rewards that followed tell, but they also depend on everything else that happened later: right
 # on average, and noisy. The critic's opinion of the next state can stand in for all of them:
 # quiet, but wrong while the critic is still learning. Generalized Advantage Estimation (GAE)
-# mixes the two. With s'_t for the state that step t led to, and Â_T = 0:
+# mixes the two. With s'_t for the state that step t led to, t from 0 to T - 1, and Â_T = 0:
 #
 #     δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t)
 #     Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}
@@ -577,7 +579,7 @@ class ActorCritic(nn.Module):
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     """Generalized Advantage Estimation, arXiv:1506.02438, equations 11 and 16: (advantages,
-    returns). All arrays are NumPy's, whose small steps cost less than torch's, (T, N).
+    returns). All arrays are (T, N), and NumPy's, whose small steps cost less than torch's.
 
     rewards      r_t
     values       V(s_t), of the observation that the action was chosen from
@@ -652,14 +654,14 @@ def require_same_step(envs):
 
 
 class Rollout:
-    """One rollout, until the next overwrites it. `obs` and `action`, (N, ...) each, are
-    examples for shapes and dtypes: an image of bytes is kept in bytes."""
+    """One rollout, until the next overwrites it. Its shapes and dtypes are those of `obs` and
+    `action`, (N, ...) each; so an image of bytes is kept in bytes."""
 
     def __init__(self, num_steps: int, obs: np.ndarray, action: torch.Tensor):
         shape = num_steps, len(obs)  # T, N
         self.obs, self.next_obs = np.zeros((2, num_steps, *obs.shape), obs.dtype)
-        self.action = torch.zeros((num_steps, *action.shape), dtype=action.dtype)
-        self.reward, self.discounted = np.zeros((2, *shape))  # the latter is for norm_reward
+        self.action = np.zeros((num_steps, *action.shape), action.numpy().dtype)
+        self.reward = np.zeros(shape)
         self.terminated, self.truncated = np.zeros((2, *shape), bool)
 
     def add(self, t: int, results: tuple) -> np.ndarray:
@@ -674,21 +676,20 @@ class Rollout:
 # Needs: import contextlib, copy, math, time; from collections import deque; parts 1, 3, 4
 #
 # The policy gradient in one sentence: change the weights so that the log-probability of each
-# action taken rises in proportion to its advantage. (Why the logarithm? Actions that are taken
-# more often stand more often in the data, and would be pushed more for that alone. The
-# logarithm counts relative changes, and so makes up for it.) This holds only for the policy
-# that took the actions, hence for one small gradient step. But data is costly, and PPO wants
-# many gradient steps from the same data. For that it needs two things.
+# action taken rises in proportion to its advantage. (Its logarithm, because actions that are
+# taken often stand often in the data, and would be pushed more for that alone.) That is right
+# only for the policy that took the actions, hence for one small gradient step. But data is
+# costly, and PPO wants many gradient steps from the same data. For that it needs two things.
 #
 # A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
 # action is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
 # the mean of ratio·Â over the actions that the old policy took estimates the mean Â of those
-# that the new one would take in the same states. (That it would come to other states is
-# ignored: one more reason to stay close.) Say the old policy goes left, Â = +1, and right, Â =
-# -1, half of the time each; a new one that goes left in 8 of 10 cases has a mean of 0.8·1 -
-# 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 = 0.4,
-# the mean of 1.6 and -0.4 is 0.6. Where all ratios are 1, the gradient of ratio·Â is that of
-# log π·Â, as that of a ratio is ratio times that of its logarithm: the policy gradient again.
+# that the new one would take in the same states. (The new one would also come to other states.
+# That is ignored: one more reason to stay close.) Say the old policy goes left, Â = +1, and
+# right, Â = -1, half of the time each; a new one that goes left in 8 of 10 cases has a mean of
+# 0.8·1 - 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 =
+# 0.4, the mean of 1.6 and -0.4 is 0.6. The gradient of a ratio is ratio·∇log π. So where all
+# ratios are 1, that of ratio·Â is that of log π·Â: the policy gradient again.
 #
 # A *clip*. Nothing yet keeps the optimiser from making one lucky action a hundred times more
 # probable, although at that distance from the data the estimate is worth nothing. So the ratio
@@ -706,9 +707,9 @@ class Rollout:
 #                 - vf_coef · mean( (V - returns)² )  +  ent_coef · mean( entropy )
 #
 # The two networks share no weights, and Adam rescales each weight's gradient, so vf_coef hardly
-# changes the critic's steps: it sets the critic's share of the gradient's length, which
-# max_grad_norm limits. Entropy measures how undecided the policy is: a little reward for it
-# helps where a first favourite would shut out actions that were never properly tried.
+# changes the critic's steps. It matters through max_grad_norm, which limits the length of both
+# gradients together. Entropy measures how undecided the policy is: a little reward for it helps
+# where a first favourite would shut out actions that were never properly tried.
 #
 # Several ranks can train together (torchrun starts them). Each plays environments of its own,
 # and before every gradient step all take the mean of their gradients; so their weights, which
@@ -717,32 +718,32 @@ class Rollout:
 
 def ppo_loss(policy, batch: Batch, config: Config):
     """The loss of arXiv:1707.06347, equations 7 and 9, on one minibatch: a scalar to descend,
-    and scalars for the log. The batch's numbers are constants."""
+    and scalars for the log. No gradient flows into the batch."""
     logprob, entropy, value = policy.evaluate(batch.obs, batch.action)  # (M,) each
     shapes = {x.shape for x in (logprob, entropy, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
-    # Advantages get mean 0 and deviation 1 in each minibatch, so that ent_coef, vf_coef and
-    # max_grad_norm mean the same however large rewards are. What went a little better than
-    # expected, among much that went far better, is then made less probable: what counts is the
-    # comparison.
+    # Advantages get mean 0 and deviation 1 in each minibatch, so that ent_coef means the same
+    # however large rewards are. (The critic's error still grows with them; norm_reward scales
+    # both.) What went a little better than expected, among much that went far better, is then
+    # made less probable: what counts is the comparison.
     std, mean = torch.std_mean(batch.advantage)
     advantage = (batch.advantage - mean) / (std + 1e-8)
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
-    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ), which is ratio·Â, but never more than
-    # (1+ε)·Â where Â > 0, and (1-ε)·Â where Â < 0: both are Â + ε·|Â|
+    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ): ratio·Â, but at most (1+ε)·Â where Â > 0,
+    # and at most (1-ε)·Â where Â < 0; these two bounds are Â + ε·|Â|
     bound = advantage + config.clip * advantage.abs()
     surrogate = (ratio * advantage).clamp(max=bound).mean()
-    # (OpenAI's ppo2, which many follow, clips the change of V as well. That ties the critic to
-    # the scale of rewards, and was found not to help, arXiv:2006.05990, so it is left out.)
+    # (OpenAI's ppo2 clips the change of V as well, which was found not to help,
+    # arXiv:2006.05990.)
     value_loss = nn.functional.mse_loss(value, batch.returns)
     entropy = entropy.mean()
     loss = config.vf_coef * value_loss - surrogate  # the objective, negative: to descend
     if config.ent_coef:  # else there is no need to differentiate it
         loss = loss - config.ent_coef * entropy
     with torch.no_grad():
-        # KL(π_old ‖ π), the Kullback-Leibler divergence, says how far the policy has moved: it
+        # KL(π_old ‖ π), the Kullback-Leibler divergence, says how far the policy has moved. It
         # is the mean of -log ratio over the old policy's actions. Adding ratio - 1, which is 0
         # on average, makes every term 0 or more, and the estimate steadier (Schulman 2020,
         # "Approximating KL divergence").
@@ -758,6 +759,7 @@ def ppo_loss(policy, batch: Batch, config: Config):
 
 
 def num_ranks() -> int:
+    """How many processes train together."""
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if together else 1
 
@@ -775,9 +777,9 @@ class Adam:
     divided by the root of a running mean v of their squares, so that all weights move about
     equally fast.
 
-    All parameters become slices of one vector: clipping, stepping and averaging are then a few
-    operations on the whole, and `backward` adds each gradient into its slice. (Making a
-    `torch.optim.Adam` imports torch's compiler, which takes about as long as learning
+    All parameters become slices of one vector: averaging over ranks, clipping and stepping are
+    then a few operations on the whole, and `backward` adds each gradient into its slice.
+    (Making a `torch.optim.Adam` imports torch's compiler, which takes about as long as learning
     CartPole.)"""
 
     def __init__(self, policy: nn.Module):
@@ -806,10 +808,10 @@ class Adam:
         m.lerp_(g, 1 - 0.9)
         v.mul_(0.999).addcmul_(g, g, value=1 - 0.999)
         # Both began at 0, and are too small at first: m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ)
-        rate, scale = learning_rate / (1 - 0.9**self.steps), math.sqrt(1 - 0.999**self.steps)
+        rate, root = learning_rate / (1 - 0.9**self.steps), math.sqrt(1 - 0.999**self.steps)
         # w ← w - learning rate · m̂ / (√v̂ + 1e-5). (Customary in PPO, in place of 1e-8: where
         # gradients have almost vanished, noise must not be scaled up to full-sized steps.)
-        self.weights.addcdiv_(m, (v.sqrt() / scale).add_(1e-5), value=-rate)
+        self.weights.addcdiv_(m, (v.sqrt() / root).add_(1e-5), value=-rate)
         g.zero_()
         return norm
 
@@ -838,7 +840,8 @@ class PPO:
     one rollout; `steps` counts the environment steps of all ranks.
 
     envs    a vector environment in SAME_STEP mode, of config.num_envs environments
-    policy  a module with `act`, `evaluate`, `value` and `to_env`; None: an ActorCritic
+    policy  a module with `act`, `evaluate`, `value` and `to_env`; None: an ActorCritic. Its
+            `normalizer`, if it has one, is measured here
 
     Raises ValueError where `envs` do not fit, RuntimeError for NaN or infinity. Every draw
     comes from generators of its own; the global ones, and torch's threads, stay as they were.
@@ -909,27 +912,26 @@ class PPO:
         """Plays T steps in every environment. Nothing but actions is asked of the networks yet,
         because few large calls are cheaper than many small ones."""
         rollout, policy = self.rollout, self.policy
-        returns, lengths, discounted = self.running  # views, (N,) each
+        totals, lengths, _ = self.running  # views, (N,) each
         for t in range(self.config.num_steps):
             put(rollout.obs[t], self.obs, "obs")  # before `step`, which may write over it
-            rollout.action[t] = action = policy.act(rollout.obs[t], generator=self.generator)
+            action = policy.act(rollout.obs[t], generator=self.generator)
+            rollout.action[t] = action.numpy()
             results = self.envs.step(policy.to_env(action))
             self.obs, ended = results[0], rollout.add(t, results)
-            returns += rollout.reward[t]
+            totals += rollout.reward[t]
             lengths += 1
-            discounted *= self.config.gamma  # for norm_reward, below
-            discounted += rollout.reward[t]
-            rollout.discounted[t] = discounted
             if len(ended):
                 self.episodes += len(ended)
                 self.recent.extend(self.running[:2, ended].T.tolist())
-                self.running[:, ended] = 0
+                self.running[:2, ended] = 0
 
     @torch.no_grad()
     def _estimate(self):
-        """Of the rollout, flat, (B, ...): obs, action, log π_old(a|s), V(s) and V(s')."""
+        """Of the rollout, flat, (B, ...): obs, action, log π_old(a|s), V(s) and V(s'). (Most s'
+        are the s of the next step. To ask again needs no bookkeeping of where they are not.)"""
         arrays = self.rollout.obs, self.rollout.action, self.rollout.next_obs
-        tensors = (torch.as_tensor(x).flatten(0, 1).to(self.config.device) for x in arrays)
+        tensors = (torch.from_numpy(x).flatten(0, 1).to(self.config.device) for x in arrays)
         obs, action, next_obs = tensors
         logprob, _, value = self.policy.evaluate(obs, action)
         return obs, action, logprob, value, self.policy.value(next_obs)
@@ -940,9 +942,13 @@ class PPO:
         if config.norm_reward:
             # Rewards are divided by the deviation of R ← γ·R + r. R looks back where a value
             # looks ahead, but varies about as much, and is known at once. Outliers are cut off.
-            sums = torch.from_numpy(rollout.discounted).to(config.device)
-            self._count_in(self.reward_normalizer, sums.view(-1, 1))
-            reward = (reward / self.reward_normalizer.std().item()).clip(-10, 10)
+            sums, discounted = np.zeros(reward.shape), self.running[2]
+            for t, ended in enumerate(rollout.terminated | rollout.truncated):
+                sums[t] = discounted[:] = config.gamma * discounted + reward[t]
+                discounted[ended] = 0
+            scale = self.reward_normalizer
+            self._count_in(scale, torch.from_numpy(sums.ravel()).to(config.device))
+            reward = (reward / scale.std().item()).clip(-10, 10)
         values = value.cpu().numpy().reshape(reward.shape)
         next_values = next_value.cpu().numpy().reshape(reward.shape)
         flags = rollout.terminated, rollout.truncated
@@ -955,7 +961,7 @@ class PPO:
         config, taken = self.config, []
         for minibatch in self._minibatches(batch):
             loss, stats = ppo_loss(self.policy, minibatch, config)
-            # (`taken`: before the first gradient step the KL is 0, up to rounding.) The mean
+            # Not before the first gradient step, when the KL is 0 but for rounding. The mean
             # over ranks makes all of them stop together.
             limited = taken and config.target_kl < math.inf
             if limited and mean_over_ranks(stats["approx_kl"].clone()) > config.target_kl:
@@ -964,14 +970,12 @@ class PPO:
             stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)
             taken.append(stats)
         if getattr(self.policy, "normalizer", None) is not None:
-            # Only now: within an update, actions are chosen and judged by one function. (It
-            # shifts the policy in a way that no KL shows: a lot after the first update, which
-            # nothing had been measured for, then less and less.)
-            self._count_in(
-                self.policy.normalizer, batch.obs.reshape(len(batch.obs), -1).double()
-            )
+            # Only now, so that within an update actions are chosen and judged by one function.
+            # (The first update sees unscaled observations. After it the policy's inputs change
+            # a lot, then less and less, and no KL shows it.)
+            self._count_in(self.policy.normalizer, batch.obs)
         learned = nn.utils.parameters_to_vector(self.policy.state_dict().values())
-        if not learned.isfinite().all():  # which NaN and infinity anywhere lead to
+        if not learned.isfinite().all():  # as NaN and infinity in whatever was learned from do
             causes = "a learning rate that is too large, huge rewards (norm_reward scales "
             causes += "them), or an environment that returned NaN or infinity"
             what = f"update {self.updates + 1} led to NaN or infinity in the policy"
@@ -981,14 +985,15 @@ class PPO:
 
     def _minibatches(self, batch):
         """Each epoch in a new order, in pieces of almost equal size: nothing is left over, and
-        no piece is so small that its mean advantage is noise."""
+        as M is at least 3, no piece is a single transition, which has no deviation."""
         size, config = len(batch.returns), self.config
         for _ in range(config.epochs):
             order = torch.randperm(size, generator=self.generator).to(config.device)
             for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
                 yield Batch(*(tensor.index_select(0, rows) for tensor in batch))
 
-    def _count_in(self, normalizer, x):  # float64 (k, K), of each rank
+    def _count_in(self, normalizer, x):  # (k, ...), K numbers in a row, of each rank
+        x = x.reshape(len(x), -1).double()
         mean = mean_over_ranks(x.mean(0))
         var = mean_over_ranks((x - mean).square().mean(0))
         normalizer.count_in(len(x) * self.ranks, mean, var)
@@ -1056,13 +1061,12 @@ class PPO:
 # All see the same memory, so nothing is sent from process to process. Every array has one
 # writer at a time: between `done` and `go` the learner, between `go` and `done` a worker, in
 # its rows. `go` and `done` are semaphores, a pair for each worker; what was written before one
-# is released is seen after it is acquired. Who waits polls for a short while, and then sleeps:
-# being woken takes as long as stepping a hundred CartPoles, but a worker that waits while the
-# learner computes must not burn the core that the learner computes on.
+# is released is seen after it is acquired. Whoever waits polls for a short while, because being
+# woken takes as long as stepping a hundred CartPoles, and then sleeps, to leave the core to
+# others.
 #
-# A pool pays where environments are slow. It loses where stepping them all takes less time than
-# handing a step over and back, or no core is free, or the run is short: starting the first
-# worker takes as long as importing torch.
+# A pool pays where environments are slow, cores are free and the run is long: starting the
+# first worker takes as long as importing torch. CartPole is faster without.
 
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
 RESULTS = "obs", "final_obs", "reward", "terminated", "truncated"  # of a step, shared
@@ -1115,7 +1119,8 @@ def run_worker(make_env, part: slice, shared, shared_state, report, go, done):
         state = {name: array[part] for name, array in as_arrays(shared_state).items()}
         env = make_env(part.stop - part.start)
         require_same_step(env)
-        results, command = {name: rows[name] for name in RESULTS}, None
+        results = {name: rows[name] for name in RESULTS}
+        command = None
         while command != CLOSE:
             done.release()  # the environments are made, or the last command is done
             acquire(go, None)
@@ -1169,7 +1174,7 @@ class EnvPool:
     Of an environment's `info`, only "final_obs" is passed on. `close` ends the workers within
     two seconds, and may be called again; it is called at the latest when the program ends.
 
-    Raises ValueError for sizes and actions that do not fit, RuntimeError for calls out of
+    Raises ValueError for sizes, shapes and kinds that do not fit, RuntimeError for calls out of
     order, WorkerError for a worker that failed."""
 
     metadata = {"autoreset_mode": "SameStep"}
@@ -1312,7 +1317,7 @@ class EnvPool:
                     problem = f"died with exit code {process.exitcode} while {doing}"
                 elif looks * 0.1 >= timeout:
                     problem = f"was still {doing} after {timeout:g} s"
-                alive = process.is_alive()  # if not, `done` may have been released just before
+                alive = process.is_alive()  # if not, one more look: it may have been done
             if report[0] != b"\0":
                 problem = f"raised while {doing}: {report.value.decode(errors='replace')}"
             if problem:
@@ -1342,9 +1347,9 @@ say = functools.partial(print, flush=True)
 
 
 def make_env(name: str, num_envs: int):
-    """The environments that `--env` names: "CartPole" is part 2's; a name with a colon that
-    does not end in -v and a number is a callable in a module, called with num_envs; any other
-    is Gymnasium's."""
+    """The environments that `--env` names: "CartPole" is part 2's; "games:make_doors" is what
+    make_doors in the module games returns for num_envs; any other is Gymnasium's, and so is
+    "games:Doors-v1", because it ends in -v and a number."""
     if name == "CartPole":
         return CartPole(num_envs)
     if ":" in name and not name.rpartition("-v")[2].isdigit():
@@ -1384,9 +1389,9 @@ def evaluate(policy, envs, seed: int, limit: int = 10_000):
 
 
 def tell_evaluation(policy, config: Config) -> np.ndarray:
-    """Prints the evaluation and the weights' hash; returns the returns,
-    (config.eval_episodes,)."""
-    with contextlib.closing(make_envs(config, config.eval_episodes)) as envs:
+    """Prints the evaluation and the weights' hash; gives the returns, (eval_episodes,)."""
+    envs = make_envs(config, config.eval_episodes)
+    with torch_threads(config.threads), contextlib.closing(envs):
         returns, finished = evaluate(policy, envs, derive_seeds(config.seed, 0)[3])
     mean, count = f"{returns.mean():.1f} ± {returns.std():.1f}", len(returns)
     cut = "" if finished.all() else f", {np.sum(~finished)} of them cut off after 10,000 steps"
@@ -1482,7 +1487,7 @@ class Run:
         steps, mean = row["steps"], row["mean_return"]
         if row["update"] % told["stride"] == 0:
             told["curve"].append([steps, mean])
-        if len(told["curve"]) > 250:  # every second one goes: no cost grows with the log
+        if len(told["curve"]) > 250:  # every second one goes, however long the run
             told["curve"], told["stride"] = told["curve"][1::2], 2 * told["stride"]
         for bar, name in list(BARS.items())[told["bars"] :]:
             if config.env == "CartPole" and row["episodes"] >= 100 and mean >= bar:
@@ -1497,7 +1502,7 @@ class Run:
             self.save()
 
     def keep_snapshot(self):
-        """Keeps the policy at up to eight moments, first and last included, for the page."""
+        """Keeps the policy at up to eight moments, for the page (which adds the last)."""
         count = len(self.snapshots)
         if count < 8 and self.learner.steps >= count * self.learner.total_steps / 7:
             policy = copy.deepcopy(self.learner.policy.state_dict())
@@ -1514,7 +1519,7 @@ class Run:
             "told": json.dumps(self.told),
             "snapshots": self.snapshots,
         }
-        # Through memory: torch ends the process if a signal makes it leave a file half written.
+        # Through memory: torch ends the process if a signal interrupts it in writing a file.
         torch.save(saved, memory := io.BytesIO())
         replace_file(self.folder / "checkpoint.pt", memory.getvalue())
         replace_file(self.folder / "page.html", make_page(saved).encode())
