@@ -365,10 +365,10 @@ class CartPole:
 
 
 class MLP(nn.Sequential):
-    """Layers, called as plain methods: to call one as a module looks for hooks first (here are
-    none), which for a few rows takes as long as the layer's arithmetic."""
+    """Layers, called as plain methods: nn.Module's own __call__ looks for hooks first (here are
+    none), which for a few rows takes as long as a layer's arithmetic."""
 
-    def forward(self, x):
+    def __call__(self, x):
         for layer in self:
             x = layer.forward(x)
         return x
