@@ -98,7 +98,7 @@ from torch import nn
 # so small a game: at these sizes a call into torch costs as much as the arithmetic that it
 # does, so large batches are cheap. The learning rate is twenty times the common 3e-4: CartPole
 # can be learned in large steps, as long as the rate then falls towards zero for careful ones.
-# Infinity is allowed where it means "no limit"; 1e30 stands for any finite number.
+# Infinity is allowed where it means "no limit"; a bound of 1e30 is there to refuse it.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -127,10 +127,10 @@ class Config:
     max_grad_norm: float = knob(0.5, "longer gradients are scaled down to this length", 0)
     target_kl: float = knob(math.inf, "end an update at this KL, such as 0.02; inf: never", 0)
     norm_obs: bool = knob(False, "shift and scale observations by their mean and deviation")
-    norm_reward: bool = knob(False, "scale rewards by the deviation of their discounted sums")
+    norm_reward: bool = knob(False, "divide rewards by the deviation of their discounted sums")
     hidden: tuple = knob((64, 64), "widths of each network's hidden layers", 1, 10**5)
     device: str = knob("cpu", "where the networks learn: cpu or cuda")
-    threads: int = knob(1, "torch's threads; more slow down networks this small", 1, 1024)
+    threads: int = knob(1, "torch's threads; more would slow down such small networks", 1, 1024)
     workers: int = knob(0, "processes that step the environments; 0: this process", 0)
     timeout: float = knob(60.0, "seconds that a worker may take for one step", 0)
     runs: str = knob("runs", "folder in which runs are kept")
@@ -144,7 +144,7 @@ class Config:
 
     @property
     def num_updates(self) -> int:
-        """Rollouts of one rank that fit into total_steps; what is left over is not played."""
+        """Rollouts in total_steps; what is left over is not played. (Ranks share them.)"""
         return self.total_steps // self.batch_size
 
     def __post_init__(self):
@@ -227,7 +227,7 @@ class CartPole:
     GRAVITY = np.array(9.8)  # m/s²
     POLE_MASS = np.array(0.1)  # kg
     TOTAL_MASS = np.array(0.1 + 1.0)  # kg, with the cart
-    FOUR_THIRDS = np.array(4.0 / 3.0)  # a rod's moment of inertia about its end is 4/3·m·l²
+    FOUR_THIRDS = np.array(4.0 / 3.0)  # a rod 2l long, turned at its end: 4/3·m·l²
     HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
     POLE_MOMENT = np.array(0.1 * 0.5)  # kg·m, mass times half length
     FORCES = np.array([-10.0, 10.0])  # newtons, of action 0 and action 1
@@ -313,6 +313,7 @@ class CartPole:
         """Goes on from what `state` returned, in this or in another CartPole of N poles."""
         self._state.T[:], self._steps[:] = state["state"], state["steps"]
         self._episodes[:], self._seeds[:] = state["episodes"], state["seeds"]
+        # Where it is 0, the next episode will draw them
         self._draw_starts((self._episodes % self.BLOCK > 0).nonzero()[0])
 
     def _observe(self):
@@ -328,7 +329,7 @@ class CartPole:
     def _draw_starts(self, rows):
         """Draws the block of start states that each environment is in: four numbers within
         ±0.05 each. No generator has to be saved: each block makes one, and advances it to its
-        place. As that takes as long as half a step, a block is 128 starts."""
+        place. That costs half a `step`'s time; so a block is 128 starts."""
         for i in rows:
             block = int(self._episodes[i]) // self.BLOCK
             bits = np.random.PCG64(int(self._seeds[i])).advance(4 * self.BLOCK * block)
@@ -361,12 +362,13 @@ class CartPole:
 # log-probabilities add up. For real numbers (Box), each output is the mean of a normal
 # distribution, whose standard deviation σ is a parameter that does not depend on the
 # observation and begins at 1. A draw may lie outside the box: `to_env` clips it for the
-# environment, but the loss sees it as drawn, because that is what has the probability.
+# environment, but the loss sees it as drawn, because log π is that of the draw.
 
 
 class MLP(nn.Sequential):
-    """Layers, called as plain methods: nn.Module's own __call__ looks for hooks first (here are
-    none), which for a few rows takes as long as a layer's arithmetic."""
+    """Layers, called as plain methods. nn.Module's own __call__ looks for hooks first, which
+    for a few rows takes as long as a layer's arithmetic. (If you need hooks, as spectral_norm
+    does, take an nn.Sequential.)"""
 
     def __call__(self, x):
         for layer in self:
@@ -457,7 +459,7 @@ class ActorCritic(nn.Module):
         # Its dtype and device are those that observations are converted to
         self.register_buffer("like", torch.zeros(()), persistent=False)
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed: CUDA's as well
+            torch.default_generator.manual_seed(seed)  # not CUDA's, as torch.manual_seed
             self.actor = mlp([inputs, *hidden, outputs], 0.01)
             self.critic = mlp([inputs, *hidden, 1], 1.0)
 
@@ -549,9 +551,10 @@ class ActorCritic(nn.Module):
 #
 # Advantages. How much better was an action than what the policy does there on average? The
 # rewards that followed tell, but they also depend on everything else that happened later: right
-# on average, and noisy. The critic's opinion of the next state can stand in for all of them:
-# quiet, but wrong while the critic is still learning. Generalized Advantage Estimation (GAE)
-# mixes the two. With s'_t for the state that step t led to, t from 0 to T - 1, and Â_T = 0:
+# on average, and noisy. The critic's opinion of the next state can stand in for all but the
+# first: quiet, but wrong while the critic is still learning. Generalized Advantage Estimation
+# (GAE) mixes the two. With s'_t for the state that step t led to, t from 0 to T - 1, and Â_T =
+# 0:
 #
 #     δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t)
 #     Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}
@@ -628,20 +631,20 @@ def put(target: np.ndarray, value, name: str):
 
 
 def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
-    """Copies what an environment's `step` returned into these arrays. Where an episode ended,
-    its last observation goes into final_obs; that may be obs itself, whose row it then
-    replaces. Returns the rows where one ended."""
+    """Copies what an environment's `step` returned into these arrays; returns the rows where an
+    episode ended. There, final_obs gets its last observation. If final_obs is obs, that takes
+    the place of the next episode's first one."""
     *values, info = results
     targets = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated}
     for (name, target), value in zip(targets.items(), values):
         put(target, value, name)
     ended = (terminated | truncated).nonzero()[0]
     if len(ended):
-        last, rows = info["final_obs"][ended], final_obs[ended]
-        if last.dtype == object:  # Gymnasium's: in each of these rows, an array
+        last, checked = info["final_obs"][ended], final_obs[ended]
+        if last.dtype == object:  # Gymnasium's: an array in each of these rows
             last = np.stack(last)
-        put(rows, last, "final_obs")
-        final_obs[ended] = rows
+        put(checked, last, "final_obs")
+        final_obs[ended] = checked
     return ended
 
 
@@ -676,10 +679,11 @@ class Rollout:
 # Needs: import contextlib, copy, math, time; from collections import deque; parts 1, 3, 4
 #
 # The policy gradient in one sentence: change the weights so that the log-probability of each
-# action taken rises in proportion to its advantage. (Its logarithm, because actions that are
-# taken often stand often in the data, and would be pushed more for that alone.) That is right
-# only for the policy that took the actions, hence for one small gradient step. But data is
-# costly, and PPO wants many gradient steps from the same data. For that it needs two things.
+# action taken rises in proportion to its advantage. (The gradient of a logarithm, ∇π/π, is
+# divided by the probability; else what is done often would be pushed more for that alone.) That
+# is right only for the policy that took the actions, hence for one small gradient step. But
+# data is costly, and PPO wants many gradient steps from the same data. For that it needs two
+# things.
 #
 # A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
 # action is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
@@ -731,10 +735,10 @@ def ppo_loss(policy, batch: Batch, config: Config):
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
-    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ): ratio·Â, but at most (1+ε)·Â where Â > 0,
-    # and at most (1-ε)·Â where Â < 0; these two bounds are Â + ε·|Â|
-    bound = advantage + config.clip * advantage.abs()
-    surrogate = (ratio * advantage).clamp(max=bound).mean()
+    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ). The second term is a constant here: where
+    # it differs from the first, it has no gradient, and where it is equal, the first's counts.
+    clipped = ratio.detach().clamp(1 - config.clip, 1 + config.clip)
+    surrogate = (ratio * advantage).clamp(max=clipped * advantage).mean()
     # (OpenAI's ppo2 clips the change of V as well, which was found not to help,
     # arXiv:2006.05990.)
     value_loss = nn.functional.mse_loss(value, batch.returns)
@@ -747,13 +751,12 @@ def ppo_loss(policy, batch: Batch, config: Config):
         # is the mean of -log ratio over the old policy's actions. Adding ratio - 1, which is 0
         # on average, makes every term 0 or more, and the estimate steadier (Schulman 2020,
         # "Approximating KL divergence").
-        change = ratio - 1
         stats = {
             "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
-            "entropy": entropy.detach(),  # from log A down (one choice); 0: explores no more
-            "approx_kl": (change - log_ratio).mean(),  # healthy: 0.001 to 0.03
-            "clip_fraction": (change.abs() > config.clip).float().mean(),  # 0.05 to 0.3
+            "entropy": entropy.detach(),  # one choice: from log A to 0, no exploring
+            "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
+            "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
         }
     return loss, stats
 
@@ -840,8 +843,8 @@ class PPO:
     one rollout; `steps` counts the environment steps of all ranks.
 
     envs    a vector environment in SAME_STEP mode, of config.num_envs environments
-    policy  a module with `act`, `evaluate`, `value` and `to_env`; None: an ActorCritic. Its
-            `normalizer`, if it has one, is measured here
+    policy  a module with `act`, `evaluate`, `value` and `to_env`; None: an ActorCritic.
+            Equal on all ranks. Its `normalizer`, if it has one, is updated here
 
     Raises ValueError where `envs` do not fit, RuntimeError for NaN or infinity. Every draw
     comes from generators of its own; the global ones, and torch's threads, stay as they were.
@@ -876,7 +879,8 @@ class PPO:
         _, environments, draws, _ = derive_seeds(self.config.seed, self.rank, self.updates)
         self.generator.manual_seed(draws)
         self.obs = self.envs.reset(seed=environments)[0]  # (N, ...), to act on next
-        # Of each environment's running episode: return, length, and discounted rewards so far
+        # Of each environment's running episode: return, length, and, for norm_reward, the
+        # discounted sum of rewards
         self.running = np.zeros((3, self.config.num_envs))
 
     def update(self):
@@ -903,7 +907,7 @@ class PPO:
             "mean_return": mean_return,  # of the last 100; NaN before the first
             "mean_length": mean_length,  # of the same, in steps
             **stats,
-            "explained_variance": 1 - unexplained,  # 1: V predicts returns; 0: like a constant
+            "explained_variance": 1 - unexplained,  # 1: V predicts returns; 0: a constant would
             "learning_rate": rate,
             "steps_per_second": self.rollout_steps / (time.perf_counter() - began),
         }
@@ -929,7 +933,7 @@ class PPO:
     @torch.no_grad()
     def _estimate(self):
         """Of the rollout, flat, (B, ...): obs, action, log π_old(a|s), V(s) and V(s'). (Most s'
-        are the s of the next step. To ask again needs no bookkeeping of where they are not.)"""
+        are the next step's s. To ask twice is simpler than to keep track of the exceptions.)"""
         arrays = self.rollout.obs, self.rollout.action, self.rollout.next_obs
         tensors = (torch.from_numpy(x).flatten(0, 1).to(self.config.device) for x in arrays)
         obs, action, next_obs = tensors
@@ -971,15 +975,15 @@ class PPO:
             taken.append(stats)
         if getattr(self.policy, "normalizer", None) is not None:
             # Only now, so that within an update actions are chosen and judged by one function.
-            # (The first update sees unscaled observations. After it the policy's inputs change
-            # a lot, then less and less, and no KL shows it.)
+            # (The first update sees observations that are only cut to ±10. Then the scale
+            # changes a lot, later less and less. No KL shows it, as π_old is scaled like π.)
             self._count_in(self.policy.normalizer, batch.obs)
-        learned = nn.utils.parameters_to_vector(self.policy.state_dict().values())
-        if not learned.isfinite().all():  # as NaN and infinity in whatever was learned from do
-            causes = "a learning rate that is too large, huge rewards (norm_reward scales "
-            causes += "them), or an environment that returned NaN or infinity"
-            what = f"update {self.updates + 1} led to NaN or infinity in the policy"
-            raise RuntimeError(f"{what}; usual causes are {causes}")
+        for name, tensor in self.policy.state_dict().items():
+            if not tensor.isfinite().all():  # as after NaN or infinity in the data
+                causes = "a learning rate that is too large, huge rewards (norm_reward scales "
+                causes += "them), or an environment that returned NaN or infinity"
+                what = f"update {self.updates + 1} led to NaN or infinity in {name}"
+                raise RuntimeError(f"{what}; usual causes are {causes}")
         means = {k: torch.stack([stats[k] for stats in taken]).mean().item() for k in taken[0]}
         return {**means, "gradient_steps": len(taken)}  # grad_norm is from before the scaling
 
