@@ -736,7 +736,8 @@ def ppo_loss(policy, batch: Batch, config: Config):
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
     # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ). The second term is a constant here: where
-    # it differs from the first, it has no gradient, and where it is equal, the first's counts.
+    # it differs from the first, it has no gradient, and where it is equal, the first's counts
+    # (by clamp; torch.min would count half of it).
     clipped = ratio.detach().clamp(1 - config.clip, 1 + config.clip)
     surrogate = (ratio * advantage).clamp(max=clipped * advantage).mean()
     # (OpenAI's ppo2 clips the change of V as well, which was found not to help,
