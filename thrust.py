@@ -1684,8 +1684,7 @@ PAGE = r"""<!doctype html>
   .accent { fill: none; stroke: var(--accent); stroke-width: 2; }
   #pole { stroke-width: 0.07; stroke-linecap: round; vector-effect: none; }
 </style>
-<h1 id="name"></h1>
-<p id="summary"></p>
+<h1 id="name"></h1> <p id="summary"></p>
 <section id="live" hidden>
   <svg viewBox="-2.6 -1.4 5.2 1.55" role="img" aria-label="a cart with a pole hinged to it">
     <path class="faint" d="M-2.6 0H2.6M-2.4 0V.12M0 0V.12M2.4 0V.12"/>
