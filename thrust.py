@@ -553,8 +553,7 @@ class ActorCritic(nn.Module):
 # rewards that followed tell, but they also depend on everything else that happened later: right
 # on average, and noisy. The critic's opinion of the next state can stand in for all but the
 # first: quiet, but wrong while the critic is still learning. Generalized Advantage Estimation
-# (GAE) mixes the two. With s'_t for the state that step t led to, t from 0 to T - 1, and Â_T =
-# 0:
+# (GAE) mixes the two. With s'_t for the state that step t led to, 0 ≤ t < T, and Â_T = 0:
 #
 #     δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t)
 #     Â_t = δ_t + γ·λ·(1 - terminated_t)·(1 - truncated_t)·Â_{t+1}
@@ -1565,30 +1564,29 @@ def train(config: Config, *, resume=None) -> Result:
         before, now = getattr(old, name), getattr(config, name)
         if before != now:
             raise ValueError(f"{resume} has {name} = {before}, which cannot become {now}")
-    with torch_threads(config.threads):
-        with (
-            process_group(config.device),
-            contextlib.closing(make_envs(config, config.num_envs)) as envs,
-        ):
-            learner = PPO(envs, config)
-            if saved:
-                learner.load_state_dict(saved["learner"])
-            if learner.rank == 0:
-                folder = pathlib.Path(resume) if resume else new_run(config)
-                run = Run(folder, learner, saved)
-            try:
-                while learner.steps < learner.total_steps:
-                    row = learner.update()
-                    if learner.rank == 0:
-                        run.add(row)
-            except BaseException:
+    with (
+        process_group(config.device),
+        contextlib.closing(make_envs(config, config.num_envs)) as envs,
+    ):
+        learner = PPO(envs, config)
+        if saved:
+            learner.load_state_dict(saved["learner"])
+        if learner.rank == 0:
+            folder = pathlib.Path(resume) if resume else new_run(config)
+            run = Run(folder, learner, saved)
+        try:
+            while learner.steps < learner.total_steps:
+                row = learner.update()
                 if learner.rank == 0:
-                    say(f"stopped; to go on: python thrust.py --resume {folder}")
-                raise
-        if learner.rank > 0:
-            return Result(learner.policy, np.zeros(0), None)
-        say(f"page: {folder / 'page.html'}")
-        return Result(learner.policy, tell_evaluation(learner.policy, config), folder)
+                    run.add(row)
+        except BaseException:
+            if learner.rank == 0:
+                say(f"stopped; to go on: python thrust.py --resume {folder}")
+            raise
+    if learner.rank > 0:
+        return Result(learner.policy, np.zeros(0), None)
+    say(f"page: {folder / 'page.html'}")
+    return Result(learner.policy, tell_evaluation(learner.policy, config), folder)
 
 
 # ==============================================================================================
