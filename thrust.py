@@ -234,12 +234,13 @@ class CartPole:
     TAU = np.array(0.02)  # s from one step to the next
     X_LIMIT = np.array(2.4)  # m to either side
     ANGLE_LIMIT = np.array(12 * 2 * math.pi / 360)  # rad to either side
-    BLOCK = 128  # start states that are drawn at a time, for each environment
+    ONE = np.array(1)  # step, or episode
+    BLOCK = np.array(128)  # start states that are drawn at a time, for each environment
 
     metadata = {"autoreset_mode": "SameStep"}
 
     def __init__(self, num_envs: int, max_episode_steps: int = 500):
-        self.num_envs, self.max_episode_steps = num_envs, max_episode_steps
+        self.num_envs, self.max_episode_steps = num_envs, np.array(max_episode_steps)
         # Twice the limits, as Gymnasium has it
         bounds = [2 * self.X_LIMIT, math.inf, 2 * self.ANGLE_LIMIT, math.inf]
         high = np.array(bounds, np.float32)
@@ -288,7 +289,7 @@ class CartPole:
         theta += self.TAU * theta_dot
         theta_dot += self.TAU * theta_acc
 
-        self._steps += 1
+        self._steps += self.ONE
         terminated = (np.abs(x) > self.X_LIMIT) | (np.abs(theta) > self.ANGLE_LIMIT)
         truncated = self._steps >= self.max_episode_steps
         obs, info = self._observe(), {}
@@ -322,17 +323,18 @@ class CartPole:
     def _begin_episodes(self, rows):  # (k,) of the environments
         episodes = self._episodes[rows]
         place = episodes % self.BLOCK
-        self._draw_starts(rows[place == 0])
+        if np.count_nonzero(place) < len(place):
+            self._draw_starts(rows[place == 0])
         self._state.T[rows] = self._starts.take(rows * self.BLOCK + place, axis=0)
-        self._episodes[rows], self._steps[rows] = episodes + 1, 0
+        self._episodes[rows], self._steps[rows] = episodes + self.ONE, 0
 
     def _draw_starts(self, rows):
         """Draws the block of start states that each environment is in: four numbers within
         ±0.05 each. No generator has to be saved: each block makes one, and advances it to its
         place. That costs half a `step`'s time; so a block is 128 starts."""
         for i in rows:
-            block = int(self._episodes[i]) // self.BLOCK
-            bits = np.random.PCG64(int(self._seeds[i])).advance(4 * self.BLOCK * block)
+            first = self._episodes[i] // self.BLOCK * self.BLOCK  # episode of the block
+            bits = np.random.PCG64(int(self._seeds[i])).advance(4 * int(first))
             starts = np.random.Generator(bits).uniform(-0.05, 0.05, (self.BLOCK, 4))
             self._starts[i * self.BLOCK : (i + 1) * self.BLOCK] = starts
 
@@ -365,10 +367,21 @@ class CartPole:
 # environment, but the loss sees it as drawn, because log π is that of the draw.
 
 
+class Linear(nn.Linear):
+    """nn.Linear, but it keeps at hand what nn.Module looks up by name at every call."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.pair = self.weight, self.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, *self.pair)
+
+
 class MLP(nn.Sequential):
-    """Layers, called as plain methods. nn.Module's own __call__ looks for hooks first, which
-    for a few rows takes as long as a layer's arithmetic. (If you need hooks, as spectral_norm
-    does, take an nn.Sequential.)"""
+    """Layers, called as plain methods: nn.Module's own __call__ looks for hooks first. For a
+    few rows, such searches take as long as the arithmetic. (If you need hooks, as spectral_norm
+    does, take an nn.Sequential of nn.Linear.)"""
 
     def __call__(self, x):
         for layer in self:
@@ -380,7 +393,7 @@ def mlp(sizes, gain):
     """mlp([4, 64, 64, 2], ...) is 4 → 64 → tanh → 64 → tanh → 2; `gain` is the last layer's."""
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+        layers += [Linear(inputs, outputs), nn.Tanh()]
         nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
         nn.init.zeros_(layers[-2].bias)
     nn.init.orthogonal_(layers[-2].weight, gain)  # the last one again, with its own gain
@@ -633,13 +646,13 @@ def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> n
     """Copies what an environment's `step` returned into these arrays; returns the rows where an
     episode ended. There, final_obs gets its last observation. If final_obs is obs, that takes
     the place of the next episode's first one."""
-    *values, info = results
-    targets = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated}
-    for (name, target), value in zip(targets.items(), values):
-        put(target, value, name)
+    put(obs, results[0], "obs")
+    put(reward, results[1], "reward")
+    put(terminated, results[2], "terminated")
+    put(truncated, results[3], "truncated")
     ended = (terminated | truncated).nonzero()[0]
     if len(ended):
-        last, checked = info["final_obs"][ended], final_obs[ended]
+        last, checked = results[4]["final_obs"][ended], final_obs[ended]
         if last.dtype == object:  # Gymnasium's: an array in each of these rows
             last = np.stack(last)
         put(checked, last, "final_obs")
@@ -741,7 +754,7 @@ def ppo_loss(policy, batch: Batch, config: Config):
     surrogate = (ratio * advantage).clamp(max=clipped * advantage).mean()
     # (OpenAI's ppo2 clips the change of V as well, which was found not to help,
     # arXiv:2006.05990.)
-    value_loss = nn.functional.mse_loss(value, batch.returns)
+    value_loss = (value - batch.returns).square().mean()
     entropy = entropy.mean()
     loss = config.vf_coef * value_loss - surrogate  # the objective, negative: to descend
     if config.ent_coef:  # else there is no need to differentiate it
@@ -805,7 +818,9 @@ class Adam:
                 raise RuntimeError("parameters have left Adam's memory: make a new Adam")
         g, m, v = mean_over_ranks(self.grad), self.mean, self.square
         norm = torch.linalg.vector_norm(g)
-        g *= (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = max_grad_norm / (norm.item() + 1e-6)
+        if scale < 1:
+            g *= scale
         self.steps += 1
         # m ← β₁·m + (1 - β₁)·g;  v ← β₂·v + (1 - β₂)·g², with β₁ = 0.9, β₂ = 0.999
         m.lerp_(g, 1 - 0.9)
@@ -992,6 +1007,9 @@ class PPO:
         as M is at least 3, no piece is a single transition, which has no deviation."""
         size, config = len(batch.returns), self.config
         for _ in range(config.epochs):
+            if size <= config.minibatch_size:  # one piece: its order does not matter
+                yield batch
+                continue
             order = torch.randperm(size, generator=self.generator).to(config.device)
             for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
                 yield Batch(*(tensor.index_select(0, rows) for tensor in batch))
