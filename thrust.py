@@ -491,7 +491,7 @@ class ActorCritic(nn.Module):
             # The largest of logit - log(exponential noise) falls on each choice with exactly
             # its softmax probability (the "Gumbel trick"); this costs less than other ways.
             noise = torch.empty_like(logits).exponential_(generator=generator)
-            logits = logits - noise.log()
+            logits = logits - noise.log_()
         return logits.argmax(-1).view(-1, *self.action_space.shape)
 
     def evaluate(self, obs, action):
@@ -499,19 +499,18 @@ class ActorCritic(nn.Module):
         value), (k,) each and differentiable."""
         flat = self._flat(obs)
         outputs, value = self.actor(flat), self.critic(flat).squeeze(-1)
-        action = action.reshape(len(flat), -1)  # (k, n)
         if self.continuous:
             # log π(a|s) = -½·((a - output) / σ)² - log σ - c;  entropy = ½ + log σ + c, where
             # c = ½·log(2·3.14...)
             log_scale = self.log_std + 0.5 * math.log(2 * math.pi)
-            error = (action - outputs) / self.log_std.exp()
+            error = (action.reshape(outputs.shape) - outputs) / self.log_std.exp()
             logprob = (-0.5 * error.square() - log_scale).sum(1)
             entropy = (0.5 + log_scale).sum().expand_as(value)
         else:
             # log π(a|s) = log softmax(logits);  entropy = -Σ π·log π: log A where all A actions
             # are equally probable, 0 where one is certain
             logprobs = self._logits(outputs).log_softmax(-1)  # (k, n, A)
-            logprob = logprobs.gather(-1, action.unsqueeze(-1)).sum((1, 2))
+            logprob = logprobs.gather(-1, action.reshape(len(flat), -1, 1)).sum((1, 2))
             entropy = -(logprobs.exp() * logprobs).sum((1, 2))
         return logprob, entropy, value
 
@@ -818,7 +817,7 @@ class Adam:
                 raise RuntimeError("parameters have left Adam's memory: make a new Adam")
         g, m, v = mean_over_ranks(self.grad), self.mean, self.square
         norm = torch.linalg.vector_norm(g)
-        scale = max_grad_norm / (norm.item() + 1e-6)
+        scale = (max_grad_norm / (norm + 1e-6)).item()
         if scale < 1:
             g *= scale
         self.steps += 1
