@@ -888,7 +888,7 @@ def check_refused(pool, sentence):
     state = thrust.CartPole(8).state()
     calls = [pool.reset, pool.state, lambda: pool.send(ZEROS), lambda: pool.step(ZEROS)]
     for call in [*calls, lambda: pool.set_state(state)]:
-        with pytest.raises(RuntimeError, match=rf"^{sentence}$"):
+        with pytest.raises(RuntimeError, match=rf"^{sentence}"):
             call()
 
 
@@ -948,10 +948,10 @@ def test_numbers_actions_and_calls_that_do_not_fit_are_refused_and_change_nothin
             sentence = f"action must be int64 (8,); got {wrong.dtype} {wrong.shape}"
             with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
                 pool.step(wrong)
-            with pytest.raises(RuntimeError, match=r"^recv\(\) needs a send\(\) before it$"):
+            with pytest.raises(RuntimeError, match=r"^after each send\(\) comes one recv"):
                 pool.recv()
             pool.send(ONES)
-            check_refused(pool, r"a send\(\) is under way: call recv\(\) first")
+            check_refused(pool, r"after each send\(\) comes one recv")
             assert same(pool.recv()[0], reference.step(ONES)[0])
 
 

@@ -25,7 +25,7 @@ PPO in six steps; `PPO.update`, in part 5, carries the same numbers:
     4. Improve.    Go over the data a few times, in small shuffled batches: make actions that
                    went better than expected more probable and the others less, but stop pushing
                    where a probability has moved far enough; and correct the critic.
-    5. Measure.    How good is the policy by now, and was the update healthy?
+    5. Measure.    How well did the policy play, and was the update healthy?
     6. Repeat.     The data is thrown away: the policy that played it no longer exists.
 
 Why "than expected"? In a good state much reward follows whatever one does, in a bad one little;
@@ -42,7 +42,7 @@ observation that follows, make one *transition*. An *episode* is one game from s
 *rollout* is some number of steps, wherever it begins or ends. The *policy* π(a|s) gives each
 action a probability, and the player draws from those. The *return* is the sum of an episode's
 rewards; the *value* of a state is the sum of rewards that the policy can expect from there,
-later ones counting less; the *advantage* of an action is how much better it is than that. An
+later ones counting less; the *advantage* of an action is how much more it leads to. An
 *epoch* is one pass over a rollout, in pieces called *minibatches*. A *rank* is one of several
 processes that train together; usually there is one.
 
@@ -115,7 +115,7 @@ class Config:
     num_envs: int = knob(64, "environments of each rank (N); many: little noise", 1, 10**6)
     num_steps: int = knob(32, "steps per rollout (T); few: trusts the critic more", 1, 10**6)
     total_steps: int = knob(200_000, "steps to train for, of all environments and ranks", 1)
-    minibatch_size: int = knob(512, "transitions per gradient step, or fewer (M)", 3)
+    minibatch_size: int = knob(512, "transitions per gradient step, at most (M)", 3)
     epochs: int = knob(3, "passes over a rollout; many: its data no longer fits the policy", 1)
     learning_rate: float = knob(6e-3, "Adam's; too large: what was learned is lost", 0, 1e30)
     anneal: bool = knob(True, "lower the learning rate, update by update, towards 0")
@@ -135,7 +135,7 @@ class Config:
     timeout: float = knob(60.0, "seconds that a worker may take for one step", 0)
     runs: str = knob("runs", "folder in which runs are kept")
     checkpoint_seconds: float = knob(2.0, "seconds between checkpoints", 0)
-    eval_episodes: int = knob(100, "episodes played after training", 1, 10**6)
+    eval_episodes: int = knob(100, "episodes played after training, side by side", 1, 10**6)
 
     @property
     def batch_size(self) -> int:
@@ -258,6 +258,7 @@ class CartPole:
         generator seeded seed + i; without a seed, each takes its next start state."""
         if seed is not None:
             self._seeds[:], self._episodes[:] = np.arange(self.num_envs) + seed, 0
+            self._make_generators()
         self._begin_episodes(np.arange(self.num_envs))
         return self._observe(), {}
 
@@ -314,7 +315,8 @@ class CartPole:
         """Goes on from what `state` returned, in this or in another CartPole of N poles."""
         self._state.T[:], self._steps[:] = state["state"], state["steps"]
         self._episodes[:], self._seeds[:] = state["episodes"], state["seeds"]
-        # Where it is 0, the next episode will draw them
+        self._make_generators()
+        # Blocks that are in use; the next episode will draw the others
         self._draw_starts((self._episodes % self.BLOCK > 0).nonzero()[0])
 
     def _observe(self):
@@ -328,21 +330,23 @@ class CartPole:
         self._state.T[rows] = self._starts.take(rows * self.BLOCK + place, axis=0)
         self._episodes[rows], self._steps[rows] = episodes + self.ONE, 0
 
+    def _make_generators(self):
+        """One for each environment, where its block begins; so `state` need not hold them."""
+        done = self._episodes // self.BLOCK * self.BLOCK  # episodes of earlier blocks
+        bits = [np.random.PCG64(int(s)).advance(4 * int(d)) for s, d in zip(self._seeds, done)]
+        self._generators = [np.random.Generator(each) for each in bits]
+
     def _draw_starts(self, rows):
-        """Draws the block of start states that each environment is in: four numbers within
-        ±0.05 each. No generator has to be saved: each block makes one, and advances it to its
-        place. That costs half a `step`'s time; so a block is 128 starts."""
+        """Draws the next block of start states: four numbers within ±0.05 each."""
         for i in rows:
-            first = self._episodes[i] // self.BLOCK * self.BLOCK  # episode of the block
-            bits = np.random.PCG64(int(self._seeds[i])).advance(4 * int(first))
-            starts = np.random.Generator(bits).uniform(-0.05, 0.05, (self.BLOCK, 4))
+            starts = self._generators[i].uniform(-0.05, 0.05, (self.BLOCK, 4))
             self._starts[i * self.BLOCK : (i + 1) * self.BLOCK] = starts
 
 
 # ==============================================================================================
 # 3. ActorCritic
 # ==============================================================================================
-# Needs: import math, numpy as np, torch; from torch import nn
+# Needs: import functools, math, numpy as np, torch; from torch import nn
 #
 # Two networks look at the same observation. The *actor* is the policy: it gives each action a
 # probability, and is all that is needed to play. (Its A outputs are called logits; softmax,
@@ -367,21 +371,10 @@ class CartPole:
 # environment, but the loss sees it as drawn, because log π is that of the draw.
 
 
-class Linear(nn.Linear):
-    """nn.Linear, but it keeps at hand what nn.Module looks up by name at every call."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs)
-        self.pair = self.weight, self.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, *self.pair)
-
-
 class MLP(nn.Sequential):
-    """Layers, called as plain methods: nn.Module's own __call__ looks for hooks first. For a
-    few rows, such searches take as long as the arithmetic. (If you need hooks, as spectral_norm
-    does, take an nn.Sequential of nn.Linear.)"""
+    """Layers, called as plain methods. nn.Module's own __call__ looks for hooks first, which
+    for a few rows takes as long as a layer's arithmetic. (If you need hooks, as spectral_norm
+    does, take an nn.Sequential.)"""
 
     def __call__(self, x):
         for layer in self:
@@ -393,17 +386,21 @@ def mlp(sizes, gain):
     """mlp([4, 64, 64, 2], ...) is 4 → 64 → tanh → 64 → tanh → 2; `gain` is the last layer's."""
     layers = []
     for inputs, outputs in zip(sizes, sizes[1:]):
-        layers += [Linear(inputs, outputs), nn.Tanh()]
-        nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-        nn.init.zeros_(layers[-2].bias)
-    nn.init.orthogonal_(layers[-2].weight, gain)  # the last one again, with its own gain
+        layer = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+        # At hand, because nn.Module searches for both by name, at every call
+        at_hand = {"weight": layer.weight, "bias": layer.bias}
+        layer.forward = functools.partial(nn.functional.linear, **at_hand)
+        layers += [layer, nn.Tanh()]
+    nn.init.orthogonal_(layer.weight, gain)  # the last one again, with its own gain
     return MLP(*layers[:-1])
 
 
 class Normalizer(nn.Module):
-    """Shifts and scales K numbers by the mean and standard deviation of all rows counted in so
-    far, and keeps them within ±10: measured, not learned. Its buffers are saved with the
-    weights. It works in float64, because an offset may be far larger than the deviation."""
+    """Shifts and scales K numbers by their mean and standard deviation, in all rows counted in
+    so far, and cuts them off at ±10. It is measured, not learned; its buffers are saved with
+    the weights. In float64, because an offset may be far larger than the deviation."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -472,7 +469,7 @@ class ActorCritic(nn.Module):
         # Its dtype and device are those that observations are converted to
         self.register_buffer("like", torch.zeros(()), persistent=False)
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)  # not CUDA's, as torch.manual_seed
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed: CUDA's too
             self.actor = mlp([inputs, *hidden, outputs], 0.01)
             self.critic = mlp([inputs, *hidden, 1], 1.0)
 
@@ -501,7 +498,7 @@ class ActorCritic(nn.Module):
         outputs, value = self.actor(flat), self.critic(flat).squeeze(-1)
         if self.continuous:
             # log π(a|s) = -½·((a - output) / σ)² - log σ - c;  entropy = ½ + log σ + c, where
-            # c = ½·log(2·3.14...)
+            # c is half the logarithm of 2π (here the number)
             log_scale = self.log_std + 0.5 * math.log(2 * math.pi)
             error = (action.reshape(outputs.shape) - outputs) / self.log_std.exp()
             logprob = (-0.5 * error.square() - log_scale).sum(1)
@@ -643,19 +640,19 @@ def put(target: np.ndarray, value, name: str):
 
 def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
     """Copies what an environment's `step` returned into these arrays; returns the rows where an
-    episode ended. There, final_obs gets its last observation. If final_obs is obs, that takes
-    the place of the next episode's first one."""
+    episode ended. In those rows, final_obs gets the last observation. It may be the same array
+    as obs, which then loses the first observation of the next episode."""
     put(obs, results[0], "obs")
     put(reward, results[1], "reward")
     put(terminated, results[2], "terminated")
     put(truncated, results[3], "truncated")
     ended = (terminated | truncated).nonzero()[0]
     if len(ended):
-        last, checked = results[4]["final_obs"][ended], final_obs[ended]
+        last, rows = results[4]["final_obs"][ended], final_obs.take(ended, axis=0)
         if last.dtype == object:  # Gymnasium's: an array in each of these rows
             last = np.stack(last)
-        put(checked, last, "final_obs")
-        final_obs[ended] = checked
+        put(rows, last, "final_obs")
+        final_obs[ended] = rows
     return ended
 
 
@@ -738,9 +735,9 @@ def ppo_loss(policy, batch: Batch, config: Config):
     shapes = {x.shape for x in (logprob, entropy, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
     # Advantages get mean 0 and deviation 1 in each minibatch, so that ent_coef means the same
-    # however large rewards are. (The critic's error still grows with them; norm_reward scales
-    # both.) What went a little better than expected, among much that went far better, is then
-    # made less probable: what counts is the comparison.
+    # however large rewards are. (The critic's error still grows with them, unless norm_reward
+    # scales them.) What went a little better than expected, among much that went far better, is
+    # then made less probable: what counts is the comparison.
     std, mean = torch.std_mean(batch.advantage)
     advantage = (batch.advantage - mean) / (std + 1e-8)
     # ratio = π(a|s) / π_old(a|s)
@@ -788,8 +785,8 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Adam:
-    """Adam (arXiv:1412.6980) steps along a running mean m of the gradients, each weight's
-    divided by the root of a running mean v of their squares, so that all weights move about
+    """Adam (arXiv:1412.6980) steps along a running mean m of the gradients. For each weight, it
+    is divided by the root of v, a running mean of their squares; so all weights move about
     equally fast.
 
     All parameters become slices of one vector: averaging over ranks, clipping and stepping are
@@ -912,7 +909,7 @@ class PPO:
         self.steps += self.rollout_steps
         self.updates += 1
         mean_return, mean_length = np.mean(self.recent or [(math.nan, math.nan)], 0).tolist()
-        # returns - V is Â, so Â's variance is the part of the returns' that V did not explain
+        # returns - V is Â; its variance is what V left unexplained of the variance of returns
         unexplained = (batch.advantage.var() / batch.returns.var()).item()
         return {  # 5. Measure. (6, repeat, is the caller's loop.)
             "update": self.updates,
@@ -985,21 +982,20 @@ class PPO:
             if limited and mean_over_ranks(stats["approx_kl"].clone()) > config.target_kl:
                 break  # out of this epoch, and of those that would follow
             loss.backward()
-            stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)
+            stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)  # before scaling
             taken.append(stats)
         if getattr(self.policy, "normalizer", None) is not None:
             # Only now, so that within an update actions are chosen and judged by one function.
             # (The first update sees observations that are only cut to ±10. Then the scale
-            # changes a lot, later less and less. No KL shows it, as π_old is scaled like π.)
+            # changes a lot, later less. approx_kl does not show it: π_old and π share it.)
             self._count_in(self.policy.normalizer, batch.obs)
         for name, tensor in self.policy.state_dict().items():
-            if not tensor.isfinite().all():  # as after NaN or infinity in the data
-                causes = "a learning rate that is too large, huge rewards (norm_reward scales "
-                causes += "them), or an environment that returned NaN or infinity"
+            if not tensor.isfinite().all():
                 what = f"update {self.updates + 1} led to NaN or infinity in {name}"
+                causes = "a learning rate or rewards (see norm_reward) too large, or such input"
                 raise RuntimeError(f"{what}; usual causes are {causes}")
         means = {k: torch.stack([stats[k] for stats in taken]).mean().item() for k in taken[0]}
-        return {**means, "gradient_steps": len(taken)}  # grad_norm is from before the scaling
+        return {**means, "gradient_steps": len(taken)}
 
     def _minibatches(self, batch):
         """Each epoch in a new order, in pieces of almost equal size: nothing is left over, and
@@ -1092,6 +1088,7 @@ class PPO:
 STEP, RESET, GET_STATE, SET_STATE, CLOSE = range(5)
 RESULTS = "obs", "final_obs", "reward", "terminated", "truncated"  # of a step, shared
 DOING = "stepping", "resetting", "giving its state", "taking a state"
+give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has only the latter
 
 
 class WorkerError(RuntimeError):
@@ -1110,7 +1107,7 @@ def acquire(semaphore, timeout) -> bool:
     while not semaphore.acquire(False):
         if time.perf_counter() > until:
             return semaphore.acquire(True, timeout)
-        getattr(os, "sched_yield", lambda: time.sleep(0))()  # Windows has only the latter
+        give_way()
     return True
 
 
@@ -1302,10 +1299,7 @@ class EnvPool:
         if not self.close.still_active():
             raise RuntimeError("this pool is closed")
         if self._pending != pending:
-            under_way = "a send() is under way: call recv() first"
-            raise RuntimeError(
-                under_way if pending is None else "recv() needs a send() before it"
-            )
+            raise RuntimeError("after each send() comes one recv(), and nothing in between")
 
     def _begin(self, command, **arguments):
         """Writes the arguments into their arrays, and starts `command` in all workers."""
@@ -1865,6 +1859,7 @@ def make_page(saved: dict) -> str:
         spec = getattr(sys.modules.get("gymnasium"), "registry", {}).get(config.env)
         threshold = getattr(spec, "reward_threshold", None)
         bars, moments = [] if threshold is None else [(threshold, config.env)], []
+    end = max(steps, config.num_updates * config.batch_size)
     for at, policy in moments:
         names = [name for name in policy if name.startswith(("actor", "critic"))]
         arrays = [policy[name].cpu().flatten() for name in names]
@@ -1874,9 +1869,9 @@ def make_page(saved: dict) -> str:
         policies.append({"steps": at, "weights": weights, **scale})
     data = {
         "name": f"{config.env}, seed {config.seed}",
-        "summary": f"Trained by Thrust for {steps:,} of {config.total_steps:,} steps.",
+        "summary": f"Trained by Thrust for {steps:,} of {end:,} steps.",
         "curve": told["curve"],
-        "end": max(steps, config.total_steps),
+        "end": end,
         "bars": bars,
         "physics": {k: v.tolist() for k, v in vars(CartPole).items() if hasattr(v, "tolist")},
         "hidden": config.hidden,
