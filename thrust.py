@@ -11,7 +11,7 @@ probable. Only a little, because what was learned from one way of playing is no 
 the way of playing has changed.
 
 This is not a framework: no recurrent networks, replay memory, self-play, hyperparameter sweeps,
-callbacks or plugins. It needs NumPy and PyTorch; with Gymnasium it trains on other games too.
+callbacks or plugins. It needs NumPy and PyTorch; Gymnasium, if it is there, has more games.
 
     python thrust.py           train on CartPole, a pole balanced on a cart, for a few seconds
     python thrust.py --help    every knob and its default
@@ -469,7 +469,7 @@ class ActorCritic(nn.Module):
         # Its dtype and device are those that observations are converted to
         self.register_buffer("like", torch.zeros(()), persistent=False)
         with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed: CUDA's too
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA too
             self.actor = mlp([inputs, *hidden, outputs], 0.01)
             self.critic = mlp([inputs, *hidden, 1], 1.0)
 
@@ -551,7 +551,7 @@ class ActorCritic(nn.Module):
 #     obs             s0   s1   s2   z0   z1      (T, N, *observation shape)
 #     action          a0   a1   a2   b0   b1      (T, N, *action shape)
 #     reward          r0   r1   r2   q0   q1      (T, N)
-#     ended            ·    ·    ■    ·    ·      (T, N): terminated, truncated
+#     ended            ·    ·    ■    ·    ·      (T, N): ■ terminated or truncated
 #     next_obs        s1   s2   s3   z1   z2      (T, N, *observation shape)
 #
 # Action a2 ended its game. The environment began the next one within that step and returned z0,
@@ -561,7 +561,7 @@ class ActorCritic(nn.Module):
 # Advantages. How much better was an action than what the policy does there on average? The
 # rewards that followed tell, but they also depend on everything else that happened later: right
 # on average, and noisy. The critic's opinion of the next state can stand in for all but the
-# first: quiet, but wrong while the critic is still learning. Generalized Advantage Estimation
+# first of them: quiet, but wrong while the critic is learning. Generalized Advantage Estimation
 # (GAE) mixes the two. With s'_t for the state that step t led to, 0 ≤ t < T, and Â_T = 0:
 #
 #     δ_t = r_t + γ·(1 - terminated_t)·V(s'_t) - V(s_t)
@@ -576,8 +576,8 @@ class ActorCritic(nn.Module):
 # keeps the sums of endless games finite, and discounts what happens much later, which says
 # little about this action.
 #
-# Putting V(s') in the place of rewards that were not seen is called bootstrapping. They can be
-# missing for three reasons. After *terminated* there are none, and V(s') counts as 0. After
+# Putting V(s') in the place of rewards that were not seen is called bootstrapping. Rewards
+# break off in three ways. After *terminated* none are left, and V(s') counts as 0. After
 # *truncated* there would have been some, and V(s') counts. At the end of the rollout the game
 # goes on, and V(s') counts as well. In all three the sum of surprises stops. Mistake a time
 # limit for a fall, and the critic learns that 500 steps of balance end in disaster, with
@@ -701,7 +701,7 @@ class Rollout:
 # right, Â = -1, half of the time each; a new one that goes left in 8 of 10 cases has a mean of
 # 0.8·1 - 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 =
 # 0.4, the mean of 1.6 and -0.4 is 0.6. The gradient of a ratio is ratio·∇log π. So where all
-# ratios are 1, that of ratio·Â is that of log π·Â: the policy gradient again.
+# ratios are 1, the gradient of ratio·Â is Â·∇log π: the policy gradient again.
 #
 # A *clip*. Nothing yet keeps the optimiser from making one lucky action a hundred times more
 # probable, although at that distance from the data the estimate is worth nothing. So the ratio
@@ -743,9 +743,9 @@ def ppo_loss(policy, batch: Batch, config: Config):
     # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
-    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ). The second term is a constant here: where
-    # it differs from the first, it has no gradient, and where it is equal, the first's counts
-    # (by clamp; torch.min would count half of it).
+    # The surrogate: mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ), the min by `clamp`. The
+    # second term may be a constant: where it is the smaller, it has no gradient. (torch.min
+    # takes longer: where both are equal, within the band, each gets half of the gradient.)
     clipped = ratio.detach().clamp(1 - config.clip, 1 + config.clip)
     surrogate = (ratio * advantage).clamp(max=clipped * advantage).mean()
     # (OpenAI's ppo2 clips the change of V as well, which was found not to help,
@@ -763,7 +763,7 @@ def ppo_loss(policy, batch: Batch, config: Config):
         stats = {
             "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
-            "entropy": entropy.detach(),  # one choice: from log A to 0, no exploring
+            "entropy": entropy.detach(),  # one choice: log A at first; 0: no exploring
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # healthy: 0.001 to 0.03
             "clip_fraction": (ratio != clipped).float().mean(),  # healthy: 0.05 to 0.3
         }
@@ -918,7 +918,7 @@ class PPO:
             "mean_return": mean_return,  # of the last 100; NaN before the first
             "mean_length": mean_length,  # of the same, in steps
             **stats,
-            "explained_variance": 1 - unexplained,  # 1: V predicts returns; 0: a constant would
+            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0: as a constant would
             "learning_rate": rate,
             "steps_per_second": self.rollout_steps / (time.perf_counter() - began),
         }
@@ -952,7 +952,7 @@ class PPO:
         return obs, action, logprob, value, self.policy.value(next_obs)
 
     def _advantages(self, obs, action, logprob, value, next_value) -> Batch:
-        """What the loss learns from: what `_estimate` returned, with advantages and returns."""
+        """The batch for the loss: to what `_estimate` returned, advantages and returns."""
         rollout, config, reward = self.rollout, self.config, self.rollout.reward
         if config.norm_reward:
             # Rewards are divided by the deviation of R ← γ·R + r. R looks back where a value
@@ -1184,7 +1184,7 @@ class EnvPool:
                   would copy a process whose threads may be holding locks.) Except under fork,
                   workers import your program: guard what it does with `if __name__ ==
                   "__main__":`, and define make_env at the top level of a module.
-    timeout       seconds that workers may take for one command
+    timeout       seconds that workers may take for one command (60 or more for the start)
 
     Environment i is seeded seed + i, so results are the same, bit for bit, for any number of
     workers. `step` is `send`, then `recv`, for callers with something to do in between. What
@@ -1856,7 +1856,8 @@ def make_page(saved: dict) -> str:
     moments = [(m["steps"], m["policy"]) for m in saved["snapshots"] if m["steps"] < steps]
     moments.append((steps, saved["learner"]["policy"]))
     if config.env != "CartPole":  # Gymnasium, if it is used, has been imported by now
-        spec = getattr(sys.modules.get("gymnasium"), "registry", {}).get(config.env)
+        registry = getattr(sys.modules.get("gymnasium"), "registry", {})
+        spec = registry.get(config.env.rpartition(":")[2])  # of module:id, the id
         threshold = getattr(spec, "reward_threshold", None)
         bars, moments = [] if threshold is None else [(threshold, config.env)], []
     end = max(steps, config.num_updates * config.batch_size)
