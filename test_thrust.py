@@ -356,7 +356,7 @@ NO_ACTIONS = [0, 1], [[0, 1, 0]], [0, 1, 2], [0, -1, 1], [0.0, 1.0, 0.0], [True]
 def test_what_is_no_action_is_refused_and_changes_nothing(actions):
     env = thrust.CartPole(3)
     before = env.state()
-    with pytest.raises(ValueError, match="actions must be 3 integers, 0 or 1; got"):
+    with pytest.raises(ValueError, match="actions must be 3 ints, 0 or 1; got"):
         env.step(np.array(actions))
     assert all(same(before[k], array) for k, array in env.state().items())
 

@@ -16,7 +16,7 @@ callbacks or plugins. It needs NumPy and PyTorch; Gymnasium, if it is there, has
     python thrust.py           train on CartPole, a pole balanced on a cart, for a few seconds
     python thrust.py --help    every knob and its default
 
-PPO in six steps; `PPO.update`, in part 5, carries the same numbers:
+PPO in six steps (words and letters below); `PPO.update`, in part 5, has the same numbers:
 
     1. Collect.    Let the policy play T steps in N environments at once; keep all of it.
     2. Value.      Ask a second network, the critic, how much reward it expects from each state
@@ -42,7 +42,7 @@ observation that follows, make one *transition*. An *episode* is one game from s
 *rollout* is some number of steps, wherever it begins or ends. The *policy* π(a|s) gives each
 action a probability, and the player draws from those. The *return* is the sum of an episode's
 rewards; the *value* of a state is the sum of rewards that the policy can expect from there,
-later ones counting less; the *advantage* of an action is how much more it leads to. An
+later ones counting less; the *advantage* of an action is how much more than that it brings. An
 *epoch* is one pass over a rollout, in pieces called *minibatches*. A *rank* is one of several
 processes that train together; usually there is one.
 
@@ -94,11 +94,11 @@ from torch import nn
 # prints, the lowest and the highest value. Flags and config.json are made from this class.
 #
 # The defaults are for CartPole, and were searched for with other seeds than those whose results
-# README reports; settings for other games stand there. N = 64, T = 32 and M = 512 are large for
-# so small a game: at these sizes a call into torch costs as much as the arithmetic that it
-# does, so large batches are cheap. The learning rate is twenty times the common 3e-4: CartPole
-# can be learned in large steps, as long as the rate then falls towards zero for careful ones.
-# Infinity is allowed where it means "no limit"; a bound of 1e30 is there to refuse it.
+# README reports; settings for other games stand there. N = 64 and M = 512 are large for so
+# small a game: at these sizes a call into torch costs as much as the arithmetic that it does,
+# so large batches are cheap. The learning rate is twenty times the common 3e-4: CartPole can be
+# learned in large steps, as long as the rate then falls towards zero for careful ones. Infinity
+# is allowed where it means "no limit"; elsewhere a bound of 1e30 refuses it.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -150,16 +150,15 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value, kind = field.name, getattr(self, field.name), type(field.default)
-            if kind is tuple and isinstance(value, list):  # as flags and JSON have it
+            if kind is tuple and isinstance(value, list):  # from flags or JSON; self is frozen
                 object.__setattr__(self, name, value := tuple(value))
             low, high = field.metadata["range"]
             # An int will do for a float, but not a bool, although Python counts it as an int.
             allowed = (int, float) if kind is float else kind
             fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
             if fits and low is not None:  # NaN is refused: every comparison with it is false
-                numbers = value if kind is tuple else [value]  # of `hidden`, every width
-                whole = kind is not tuple or all(type(x) is int for x in value)
-                fits = whole and all(low <= x <= high for x in numbers)
+                each = value if kind is tuple else [value]  # of `hidden`, every width
+                fits = all((kind is float or type(x) is int) and low <= x <= high for x in each)
             if not fits:
                 rule = "tuple of int" if kind is tuple else kind.__name__
                 rule += "" if low is None else f", from {low} to {high}"
@@ -180,8 +179,7 @@ class Config:
 #
 # A pole stands on a cart, hinged at its foot. At every step, 50 times a second, the player
 # pushes the cart with a fixed force to the left (action 0) or to the right (action 1), and is
-# paid 1. The game is lost when the pole leans by more than 12 degrees or the cart leaves the
-# track.
+# paid 1. The game is lost if the pole leans more than 12 degrees or the cart leaves the track.
 #
 # Why N poles at once? A step makes about fifty NumPy calls, and each costs half a microsecond
 # before it touches a number. N poles in one array pay that once, and not N times.
@@ -200,13 +198,11 @@ class Config:
 # Gymnasium is the library in which most environments are published. The methods are those of
 # its vector environments, so that any of them can take CartPole's place. The numbers are
 # Gymnasium's as well, bit for bit, and so is the order of operations: a tidier formula would
-# round differently, and near balance a difference in the last bit soon grows into a different
-# game.
+# round differently, and near balance a last-bit difference soon grows into another game.
 
 
 # Spaces say what observations and actions look like. Their attributes are those of Gymnasium's:
-# a Box holds arrays of numbers from low to high, a Discrete the whole numbers start ... start +
-# n - 1.
+# a Box holds arrays of numbers from low to high, a Discrete n whole numbers, from start on.
 Box = namedtuple("Box", "low high shape dtype", defaults=[np.float32])
 Discrete = namedtuple("Discrete", "n start shape dtype", defaults=[0, (), np.int64])
 
@@ -216,8 +212,7 @@ class CartPole:
 
     Observations are float32 (N, 4): the cart's position x (m) and velocity ẋ (m/s), the pole's
     angle θ (rad, clockwise) and angular velocity θ̇ (rad/s). Actions are integers (N,), 0 or 1.
-    Rewards are float64 (N,), always 1. What `reset` and `step` return is never written over
-    later.
+    Rewards are float64 (N,), always 1. What `reset` and `step` return is never overwritten.
 
     Bit for bit Gymnasium's SyncVectorEnv of CartPole-v1 in SAME_STEP mode. The equations are
     those of Barto, Sutton and Anderson (1983), without friction, as corrected by Florian
@@ -242,8 +237,7 @@ class CartPole:
     def __init__(self, num_envs: int, max_episode_steps: int = 500):
         self.num_envs, self.max_episode_steps = num_envs, np.array(max_episode_steps)
         # Twice the limits, as Gymnasium has it
-        bounds = [2 * self.X_LIMIT, math.inf, 2 * self.ANGLE_LIMIT, math.inf]
-        high = np.array(bounds, np.float32)
+        high = np.array([2 * self.X_LIMIT, np.inf, 2 * self.ANGLE_LIMIT, np.inf], np.float32)
         self.single_observation_space = Box(-high, high, high.shape)
         self.single_action_space = Discrete(2)
         self._state = np.zeros((4, num_envs))  # rows: x, ẋ, θ, θ̇
@@ -264,15 +258,13 @@ class CartPole:
 
     def step(self, actions: np.ndarray):
         """Pushes every cart once: (obs, reward, terminated, truncated, info). `info` is empty
-        or, where episodes ended, has "final_obs": float32 (N, 4), of which only the rows of
-        those count. Raises ValueError unless actions are (N,) integers 0 or 1."""
+        or, where episodes ended, has "final_obs": float32 (N, 4), of which only those rows
+        count. Raises ValueError unless actions are (N,) integers 0 or 1."""
         actions = np.asarray(actions)
         whole = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
         # One call will do: the bitwise or of all is 0 or 1 if and only if each of them is.
         if not whole or np.bitwise_or.reduce(actions) not in (0, 1):
-            raise ValueError(
-                f"actions must be {self.num_envs} integers, 0 or 1; got {actions!r}"
-            )
+            raise ValueError(f"actions must be {self.num_envs} ints, 0 or 1; got {actions!r}")
 
         x, x_dot, theta, theta_dot = self._state  # (N,) each, and views: += changes the state
         sin, cos = np.sin(theta), np.cos(theta)
@@ -331,7 +323,7 @@ class CartPole:
         self._episodes[rows], self._steps[rows] = episodes + self.ONE, 0
 
     def _make_generators(self):
-        """One for each environment, where its block begins; so `state` need not hold them."""
+        """One each, at the start of its current block; so `state` need not hold them."""
         done = self._episodes // self.BLOCK * self.BLOCK  # episodes of earlier blocks
         bits = [np.random.PCG64(int(s)).advance(4 * int(d)) for s, d in zip(self._seeds, done)]
         self._generators = [np.random.Generator(each) for each in bits]
@@ -350,11 +342,12 @@ class CartPole:
 #
 # Two networks look at the same observation. The *actor* is the policy: it gives each action a
 # probability, and is all that is needed to play. (Its A outputs are called logits; softmax,
-# exp(logit) over the sum of them all, makes them probabilities.) The *critic* estimates the
-# value: how much reward, later rewards discounted, the policy will still collect from here. It
-# is needed only to train, because "better than expected" takes somebody who expects. They share
-# no weights: the critic's gradients are large, and would shape shared layers for predicting
-# rewards, at the cost of the actor. On CartPole, shared hidden layers needed about twice the
+# exp(logit) divided by the sum of all exp(logit), makes them probabilities.) The *critic*
+# estimates the value: how much reward, later rewards discounted, the policy will still collect
+# from here. It is needed only to train, because "better than expected" takes somebody who
+# expects. They share no weights: the critic's gradients are large, and would shape shared
+# layers for predicting rewards, at the cost of the actor. On CartPole, shared hidden layers
+# needed about twice the steps.
 # steps.
 #
 # Initial weights are orthogonal: no direction that gets through a layer is stretched more than
@@ -398,9 +391,9 @@ def mlp(sizes, gain):
 
 
 class Normalizer(nn.Module):
-    """Shifts and scales K numbers by their mean and standard deviation, in all rows counted in
-    so far, and cuts them off at ±10. It is measured, not learned; its buffers are saved with
-    the weights. In float64, because an offset may be far larger than the deviation."""
+    """Shifts and scales K numbers by the mean and standard deviation of all rows counted in so
+    far, and cuts them off at ±10. These are measured, not learned, in buffers saved with the
+    weights; in float64, because an offset may be far larger than the deviation."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -410,8 +403,7 @@ class Normalizer(nn.Module):
 
     def count_in(self, count, mean, var):
         """Counts in `count` rows with this mean and variance, (K,) each, by the formula of
-        Chan, Golub and LeVeque (1979). (E[x²] - mean² would lose its digits to a large
-        offset.)"""
+        Chan, Golub and LeVeque (1979). (E[x²] - mean² loses its digits to a large offset.)"""
         total, shift = self.count + count, mean - self.mean
         self.var = (self.count * self.var + count * var) / total
         self.var += self.count * count * shift.square() / total.square()
@@ -427,8 +419,8 @@ class Normalizer(nn.Module):
 class ActorCritic(nn.Module):
     """A policy, and the value of the states that it visits.
 
-    observation_space  Box of any shape (flattened to O numbers; they should be around ±1, or
-                       norm_obs be set) or Discrete (one-hot, O = n)
+    observation_space  Box of any shape (flattened to O numbers; set norm_obs unless their
+                       size is about 1) or Discrete (one-hot, O = n)
     action_space       Discrete, MultiDiscrete or Box
     hidden             widths of the hidden layers, of the actor's and of the critic's
     seed               of the initial weights; torch's global generator is left as it was
@@ -516,7 +508,7 @@ class ActorCritic(nn.Module):
         return self.critic(self._flat(obs)).squeeze(-1)
 
     def to_env(self, action):
-        """Actions as the environment takes them: Box clipped, Discrete counted from `start`."""
+        """For the environment: Box clipped, rounded if integer; Discrete from `start` on."""
         space = self.action_space
         if not self.continuous:
             return (action.numpy() + getattr(space, "start", 0)).astype(space.dtype)
@@ -579,9 +571,9 @@ class ActorCritic(nn.Module):
 # Putting V(s') in the place of rewards that were not seen is called bootstrapping. Rewards
 # break off in three ways. After *terminated* none are left, and V(s') counts as 0. After
 # *truncated* there would have been some, and V(s') counts. At the end of the rollout the game
-# goes on, and V(s') counts as well. In all three the sum of surprises stops. Mistake a time
-# limit for a fall, and the critic learns that 500 steps of balance end in disaster, with
-# nothing in the observation to tell when: the better the policy, the more wrong the critic.
+# goes on, and V(s') counts as well. In all three the sum of surprises stops. If a time limit is
+# taken for a fall, the critic learns that 500 steps of balance end in disaster, with nothing in
+# the observation to tell when: the better the policy, the more wrong the critic.
 #
 # Returns. V + Â, what was expected plus how much better it went, is the critic's target. It is
 # called the λ-return, or just "returns"; it is discounted, partly bootstrapped, and not what
@@ -694,14 +686,14 @@ class Rollout:
 # things.
 #
 # A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
-# action is weighed by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
+# action is weighted by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
 # the mean of ratio·Â over the actions that the old policy took estimates the mean Â of those
 # that the new one would take in the same states. (The new one would also come to other states.
-# That is ignored: one more reason to stay close.) Say the old policy goes left, Â = +1, and
-# right, Â = -1, half of the time each; a new one that goes left in 8 of 10 cases has a mean of
-# 0.8·1 - 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and 0.2/0.5 =
-# 0.4, the mean of 1.6 and -0.4 is 0.6. The gradient of a ratio is ratio·∇log π. So where all
-# ratios are 1, the gradient of ratio·Â is Â·∇log π: the policy gradient again.
+# That is ignored: one more reason to stay close.) Say left has Â = +1, right has Â = -1, and
+# the old policy takes each half of the time; a new one that goes left in 8 of 10 cases has a
+# mean of 0.8·1 - 0.2·1 = 0.6. The old one's data says the same: with ratios 0.8/0.5 = 1.6 and
+# 0.2/0.5 = 0.4, the mean of 1.6 and -0.4 is 0.6. The gradient of a ratio is ratio·∇log π. So
+# where all ratios are 1, the gradient of ratio·Â is Â·∇log π: the policy gradient again.
 #
 # A *clip*. Nothing yet keeps the optimiser from making one lucky action a hundred times more
 # probable, although at that distance from the data the estimate is worth nothing. So the ratio
@@ -744,12 +736,11 @@ def ppo_loss(policy, batch: Batch, config: Config):
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()
     # The surrogate: mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ), the min by `clamp`. The
-    # second term may be a constant: where it is the smaller, it has no gradient. (torch.min
+    # second term can be detached: where it is the smaller, it is constant anyway. (torch.min
     # takes longer: where both are equal, within the band, each gets half of the gradient.)
     clipped = ratio.detach().clamp(1 - config.clip, 1 + config.clip)
     surrogate = (ratio * advantage).clamp(max=clipped * advantage).mean()
-    # (OpenAI's ppo2 clips the change of V as well, which was found not to help,
-    # arXiv:2006.05990.)
+    # (OpenAI's ppo2 also clips the change of V; that was found not to help, arXiv:2006.05990.)
     value_loss = (value - batch.returns).square().mean()
     entropy = entropy.mean()
     loss = config.vf_coef * value_loss - surrogate  # the objective, negative: to descend
@@ -807,8 +798,7 @@ class Adam:
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """One step, along the mean gradient of all ranks, scaled down to `max_grad_norm` if it
-        is longer; returns the length that it had. The gradient is then zero, ready for the
-        next."""
+        is longer; returns the length that it had, and leaves the gradient at zero."""
         for p, address, grad in self.places:  # policy.to(...) and zero_grad() would change them
             if p.data_ptr() != address or p.grad is not grad:
                 raise RuntimeError("parameters have left Adam's memory: make a new Adam")
@@ -832,15 +822,14 @@ class Adam:
 
 def derive_seeds(seed: int, rank: int, update: int = 0) -> list[int]:
     """Four seeds, for weights, environments, draws (actions and minibatches) and evaluation,
-    which differ for every seed, rank and update. Of 62 bits, so that seed + i still fits an
-    int64."""
+    which differ for every seed, rank and update. 62 bits, so seed + i fits an int64."""
     sequence = np.random.SeedSequence(seed, spawn_key=(rank, update))
     return [int(number) >> 2 for number in sequence.generate_state(4, np.uint64)]
 
 
 @contextlib.contextmanager
 def torch_threads(number: int):
-    """Lets torch use that many threads, and gives it back what it had."""
+    """Lets torch use `number` threads, and afterwards as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -855,7 +844,7 @@ class PPO:
 
     envs    a vector environment in SAME_STEP mode, of config.num_envs environments
     policy  a module with `act`, `evaluate`, `value` and `to_env`; None: an ActorCritic.
-            Equal on all ranks. Its `normalizer`, if it has one, is updated here
+            Must be equal on all ranks. Its `normalizer`, if it has one, is updated here
 
     Raises ValueError where `envs` do not fit, RuntimeError for NaN or infinity. Every draw
     comes from generators of its own; the global ones, and torch's threads, stay as they were.
@@ -870,11 +859,10 @@ class PPO:
         if config.num_updates < self.ranks:
             raise ValueError(f"total_steps is less than one rollout of all {self.ranks} ranks")
         if policy is None:
-            spaces = envs.single_observation_space, envs.single_action_space
+            shape = envs.single_observation_space, envs.single_action_space, config.hidden
             seed, *_ = derive_seeds(config.seed, 0)  # rank 0's: all ranks start alike
             with torch_threads(config.threads):
-                knobs = {"hidden": config.hidden, "norm_obs": config.norm_obs}
-                policy = ActorCritic(*spaces, seed=seed, **knobs)
+                policy = ActorCritic(*shape, seed=seed, norm_obs=config.norm_obs)
         self.policy = policy.to(config.device)
         self.adam, self.reward_normalizer = Adam(policy), Normalizer(1).to(config.device)
         self.steps = self.episodes = self.updates = 0  # so far; steps are those of all ranks
@@ -918,7 +906,7 @@ class PPO:
             "mean_return": mean_return,  # of the last 100; NaN before the first
             "mean_length": mean_length,  # of the same, in steps
             **stats,
-            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0: as a constant would
+            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0: a mean does as well
             "learning_rate": rate,
             "steps_per_second": self.rollout_steps / (time.perf_counter() - began),
         }
@@ -952,7 +940,7 @@ class PPO:
         return obs, action, logprob, value, self.policy.value(next_obs)
 
     def _advantages(self, obs, action, logprob, value, next_value) -> Batch:
-        """The batch for the loss: to what `_estimate` returned, advantages and returns."""
+        """The loss's batch: adds advantages and returns to what `_estimate` returned."""
         rollout, config, reward = self.rollout, self.config, self.rollout.reward
         if config.norm_reward:
             # Rewards are divided by the deviation of R ← γ·R + r. R looks back where a value
@@ -976,7 +964,7 @@ class PPO:
         config, taken = self.config, []
         for minibatch in self._minibatches(batch):
             loss, stats = ppo_loss(self.policy, minibatch, config)
-            # Not before the first gradient step, when the KL is 0 but for rounding. The mean
+            # No stop before the first step, where the KL is 0 but for rounding. The mean
             # over ranks makes all of them stop together.
             limited = taken and config.target_kl < math.inf
             if limited and mean_over_ranks(stats["approx_kl"].clone()) > config.target_kl:
@@ -985,7 +973,7 @@ class PPO:
             stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)  # before scaling
             taken.append(stats)
         if getattr(self.policy, "normalizer", None) is not None:
-            # Only now, so that within an update actions are chosen and judged by one function.
+            # Only now, so that within an update one function chooses actions and judges them.
             # (The first update sees observations that are only cut to ±10. Then the scale
             # changes a lot, later less. approx_kl does not show it: π_old and π share it.)
             self._count_in(self.policy.normalizer, batch.obs)
@@ -1009,7 +997,7 @@ class PPO:
             for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
                 yield Batch(*(tensor.index_select(0, rows) for tensor in batch))
 
-    def _count_in(self, normalizer, x):  # (k, ...), K numbers in a row, of each rank
+    def _count_in(self, normalizer, x):  # (k, ...) on each rank; K numbers per row
         x = x.reshape(len(x), -1).double()
         mean = mean_over_ranks(x.mean(0))
         var = mean_over_ranks((x - mean).square().mean(0))
@@ -1035,7 +1023,6 @@ class PPO:
     def load_state_dict(self, state: dict):
         """Goes on from what `state_dict` returned; with new episodes where there are several
         ranks, or the environments have no `state`."""
-        state = copy.deepcopy(state)
         self.policy.load_state_dict(state["policy"])
         self.adam.mean.copy_(state["adam"]["mean"])
         self.adam.square.copy_(state["adam"]["square"])
@@ -1044,8 +1031,8 @@ class PPO:
         self.recent = deque(state["recent"].tolist(), maxlen=100)
         if state["envs"] and self.ranks == 1:
             self.generator.set_state(state["generator"])
-            self.envs.set_state({k: tensor.numpy() for k, tensor in state["envs"].items()})
-            self.obs, self.running = state["obs"].numpy(), state["running"].numpy()
+            self.envs.set_state({k: x.numpy().copy() for k, x in state["envs"].items()})
+            self.obs, self.running = (state[k].numpy().copy() for k in ("obs", "running"))
         else:
             self.begin_episodes()
 
