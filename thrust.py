@@ -1657,7 +1657,7 @@ def main(argv=None):
 # People would rather look than read a log. So a run has a page: one HTML file that loads
 # nothing from anywhere, with the learning curve and, for CartPole, the policy at work. The
 # browser computes the physics of part 2 and the networks of part 3, 50 steps a second; a slider
-# goes back to what the policy was earlier in training. Nothing more is said about PPO here.
+# goes back to what the policy was earlier. Nothing more is said about PPO here.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -1843,11 +1843,9 @@ def make_page(saved: dict) -> str:
     moments = [(m["steps"], m["policy"]) for m in saved["snapshots"] if m["steps"] < steps]
     moments.append((steps, saved["learner"]["policy"]))
     if config.env != "CartPole":  # Gymnasium, if it is used, has been imported by now
-        registry = getattr(sys.modules.get("gymnasium"), "registry", {})
-        spec = registry.get(config.env.rpartition(":")[2])  # of module:id, the id
-        threshold = getattr(spec, "reward_threshold", None)
+        known = getattr(sys.modules.get("gymnasium"), "registry", {})
+        threshold = getattr(known.get(config.env.rpartition(":")[2]), "reward_threshold", None)
         bars, moments = [] if threshold is None else [(threshold, config.env)], []
-    end = max(steps, config.num_updates * config.batch_size)
     for at, policy in moments:
         names = [name for name in policy if name.startswith(("actor", "critic"))]
         arrays = [policy[name].cpu().flatten() for name in names]
@@ -1857,9 +1855,9 @@ def make_page(saved: dict) -> str:
         policies.append({"steps": at, "weights": weights, **scale})
     data = {
         "name": f"{config.env}, seed {config.seed}",
-        "summary": f"Trained by Thrust for {steps:,} of {end:,} steps.",
+        "summary": f"Trained by Thrust for {steps:,} steps.",
         "curve": told["curve"],
-        "end": end,
+        "end": max(steps, config.num_updates * config.batch_size),
         "bars": bars,
         "physics": {k: v.tolist() for k, v in vars(CartPole).items() if hasattr(v, "tolist")},
         "hidden": config.hidden,
