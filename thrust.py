@@ -348,7 +348,6 @@ class CartPole:
 # expects. They share no weights: the critic's gradients are large, and would shape shared
 # layers for predicting rewards, at the cost of the actor. On CartPole, shared hidden layers
 # needed about twice the steps.
-# steps.
 #
 # Initial weights are orthogonal: no direction that gets through a layer is stretched more than
 # another, so signals neither explode nor vanish at the start. The gains, by which they are then
@@ -367,7 +366,7 @@ class CartPole:
 class MLP(nn.Sequential):
     """Layers, called as plain methods. nn.Module's own __call__ looks for hooks first, which
     for a few rows takes as long as a layer's arithmetic. (If you need hooks, as spectral_norm
-    does, take an nn.Sequential.)"""
+    does, take an nn.Sequential of new layers.)"""
 
     def __call__(self, x):
         for layer in self:
@@ -980,7 +979,10 @@ class PPO:
         for name, tensor in self.policy.state_dict().items():
             if not tensor.isfinite().all():
                 what = f"update {self.updates + 1} led to NaN or infinity in {name}"
-                causes = "a learning rate or rewards (see norm_reward) too large, or such input"
+                causes = (
+                    "a learning rate or rewards that are too large (see norm_reward), or an "
+                )
+                causes += "environment that returned NaN or infinity"
                 raise RuntimeError(f"{what}; usual causes are {causes}")
         means = {k: torch.stack([stats[k] for stats in taken]).mean().item() for k in taken[0]}
         return {**means, "gradient_steps": len(taken)}
@@ -1286,7 +1288,8 @@ class EnvPool:
         if not self.close.still_active():
             raise RuntimeError("this pool is closed")
         if self._pending != pending:
-            raise RuntimeError("after each send() comes one recv(), and nothing in between")
+            how = "a send() is under way: call recv() first"
+            raise RuntimeError(how if pending is None else "recv() needs a send() before it")
 
     def _begin(self, command, **arguments):
         """Writes the arguments into their arrays, and starts `command` in all workers."""
@@ -1855,9 +1858,9 @@ def make_page(saved: dict) -> str:
         policies.append({"steps": at, "weights": weights, **scale})
     data = {
         "name": f"{config.env}, seed {config.seed}",
-        "summary": f"Trained by Thrust for {steps:,} steps.",
+        "end": (end := max(steps, config.num_updates * config.batch_size)),
+        "summary": f"Trained by Thrust for {steps:,} of {end:,} steps.",
         "curve": told["curve"],
-        "end": max(steps, config.num_updates * config.batch_size),
         "bars": bars,
         "physics": {k: v.tolist() for k, v in vars(CartPole).items() if hasattr(v, "tolist")},
         "hidden": config.hidden,
