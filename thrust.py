@@ -979,10 +979,8 @@ class PPO:
         for name, tensor in self.policy.state_dict().items():
             if not tensor.isfinite().all():
                 what = f"update {self.updates + 1} led to NaN or infinity in {name}"
-                causes = (
-                    "a learning rate or rewards that are too large (see norm_reward), or an "
-                )
-                causes += "environment that returned NaN or infinity"
+                causes = "a learning rate or rewards that are too large (see norm_reward), "
+                causes += "or an environment that returned NaN or infinity"
                 raise RuntimeError(f"{what}; usual causes are {causes}")
         means = {k: torch.stack([stats[k] for stats in taken]).mean().item() for k in taken[0]}
         return {**means, "gradient_steps": len(taken)}
