@@ -8,6 +8,7 @@
     python bench.py                      every section
     python bench.py --quick              the same, with fewer rounds
     python bench.py --only pool solve    these sections
+    python bench.py --other OLD.py       beside another version of thrust.py
 
 Every table is Markdown. Contestants take turns within one run, so that the machine's moods fall
 on all of them alike. A figure is the median of the rounds, with the smallest and the largest in
@@ -18,6 +19,7 @@ import inspect
 import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,10 +37,17 @@ gym = util.find_spec("gymnasium") and import_module("gymnasium")
 has_sb3, has_sbx = map(util.find_spec, ("stable_baselines3", "sbx"))
 
 # RL-Zoo's settings for CartPole and those of CleanRL's ppo.py, in Thrust's words
+RAW = {"norm_obs": False, "norm_reward": False}
 ZOO = {"num_envs": 8, "num_steps": 32, "minibatch_size": 256, "epochs": 20, "gamma": 0.98}
-ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3, "total_steps": 8192}
+ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3, "total_steps": 8192, **RAW}
 CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4, "gamma": 0.99}
-CLEANRL |= {"gae_lambda": 0.95, "learning_rate": 2.5e-4, "ent_coef": 0.01, "total_steps": 8192}
+CLEANRL |= {
+    "gae_lambda": 0.95,
+    "learning_rate": 2.5e-4,
+    "ent_coef": 0.01,
+    "total_steps": 8192,
+    **RAW,
+}
 
 
 def take_turns(rounds, *contestants):
@@ -106,29 +115,40 @@ def bench_cartpole(args):
             thrust.CartPole(n),
             gym and make("vector_entry_point"),
             gym and n <= 64 and make("sync", {"autoreset_mode": "SameStep"}),
-            args.first and args.first.CartPole(n),
+            args.other and args.other.CartPole(n),
         )
         figures = spread(ours, 1e-6), spread([n / s for s in ours])
         rows.append([n, *figures, *(ratio(s, ours) for s in theirs)])
     header = "N | µs per step of all N | environment steps/s | times CartPoleVectorEnv"
-    header += " | times SyncVectorEnv | times the first edition"
+    header += " | times SyncVectorEnv | times the other"
     table("CartPole, random actions", header, rows)
 
 
 class Slow(thrust.CartPole):
     """CartPoles of which each takes 200 µs of Python more for a step."""
 
+    SECONDS = 200e-6
+
     def step(self, actions):
         # Of the processor's time: by the clock on the wall, two could share a core for nothing.
-        until = time.thread_time() + 200e-6 * self.num_envs
+        until = time.thread_time() + self.SECONDS * self.num_envs
         while time.thread_time() < until:
             pass
         return super().step(actions)
 
 
+class Quick(Slow):
+    SECONDS = 20e-6
+
+
 def bench_pool(args):
-    rows, first = [], args.first
-    for make_env, n in ((thrust.CartPole, 64), (thrust.CartPole, 4096), (Slow, 64)):
+    rows, other = [], args.other
+    for make_env, n in (
+        (thrust.CartPole, 64),
+        (thrust.CartPole, 4096),
+        (Quick, 64),
+        (Slow, 64),
+    ):
         fast, same_step = make_env is thrust.CartPole, {"autoreset_mode": "SameStep"}
         none, one, two, *others = step_in_turns(
             args,
@@ -136,36 +156,22 @@ def bench_pool(args):
             thrust.EnvPool(make_env, n, 1),
             thrust.EnvPool(make_env, n, 2),
             gym and fast and n == 64 and gym.make_vec("CartPole-v1", n, "async", same_step),
-            first and first.EnvPool(first.CartPole if fast else make_env, n, 2),
+            other and other.EnvPool(other.CartPole if fast else make_env, n, 2),
         )
         figures = [spread(seconds, 1e-6) for seconds in (none, one, two)]
         rows.append([make_env.__name__, n, *figures, *(ratio(s, two) for s in (none, *others))])
     header = "environment | N | no workers | 1 worker | 2 workers | 2 workers, times none"
-    header += " | times AsyncVectorEnv | times the first edition's 2 workers"
-    table("EnvPool, µs per step of all N (Slow: 200 µs of Python for each)", header, rows)
+    header += " | times AsyncVectorEnv | times the other's 2 workers"
+    title = "EnvPool, µs per step of all N (Quick, Slow: 20, 200 µs of Python for each)"
+    table(title, header, rows)
 
 
-def thrust_loop(knobs):
-    """A contestant: Thrust's training loop."""
-    config = thrust.Config(**knobs)
-    learner = thrust.PPO(thrust.CartPole(config.num_envs), config)
+def thrust_loop(module, knobs):
+    """A contestant: the training loop of thrust.py, or of another version of it."""
+    config = module.Config(**knobs)
+    learner = module.PPO(module.CartPole(config.num_envs), config)
     yield
     yield [learner.update() for _ in range(config.num_updates)][-1]["steps"]
-
-
-def first_loop(first, knobs):
-    """The first edition's, without its log and checkpoints."""
-    config = first.Config(**knobs)
-    learner = first.Learner(config, first.EnvPool(first.CartPole, config.num_envs, 0))
-    learner.begin()
-    yield
-    for i in range(config.num_updates):
-        learner.collect()
-        learner.estimate()
-        batch = learner.buffer.batch(config.gamma, config.gae_lambda)
-        learner.improve(batch, config.learning_rate * (1 - i / config.num_updates))
-        learner.statistics(batch)
-    yield learner.steps
 
 
 def sb3_options(config):
@@ -189,28 +195,30 @@ def sb3_loop(knobs):
 
 
 def bench_training(args):
-    rows, first = [], args.first and partial(first_loop, args.first)
+    rows = []
     for name, knobs in (
-        ("Thrust's defaults (64 x 32)", {"total_steps": 32_768}),
+        ("Thrust's for CartPole (64 x 32)", {**thrust.CARTPOLE, "total_steps": 32_768}),
         ("RL-Zoo's for CartPole (8 x 32)", ZOO),
         ("CleanRL's (4 x 128)", CLEANRL),
     ):
-        loops = (thrust_loop, has_sb3 and sb3_loop, first)
+        other = args.other and partial(thrust_loop, args.other)
+        loops = (partial(thrust_loop, thrust), has_sb3 and sb3_loop, other)
         contestants = [loop and partial(loop, knobs) for loop in loops]
         ours, *theirs = take_turns(3 if args.quick else 15, *contestants)
         figures = [spread([1 / s for s in seconds]) for seconds in (ours, *theirs)]
         rows.append([name, *figures, *(ratio(s, ours) for s in theirs)])
-    header = "settings | Thrust | Stable-Baselines3 | first edition | times SB3 | times first"
+    header = "settings | Thrust | Stable-Baselines3 | other | times SB3 | times the other"
     table("Training, environment steps per second, one thread", header, rows)
 
 
 PARTS = """thrust.PPO.update thrust.PPO._collect thrust.CartPole.step thrust.ActorCritic.act
-thrust.PPO._estimate thrust.PPO._advantages thrust.PPO._improve
+thrust.PPO._judge thrust.PPO._improve
 thrust.ppo_loss torch.Tensor.backward thrust.Adam.step"""
 
 
 def bench_profile(args):
-    config, seconds = thrust.Config(), {part: [] for part in PARTS.split()}
+    config = thrust.Config(**thrust.CARTPOLE)
+    seconds = {part: [] for part in PARTS.split()}
     learner = thrust.PPO(thrust.CartPole(config.num_envs), config)
 
     def timed(part, function):
@@ -285,7 +293,7 @@ def bench_solve(args):
     options, sbx_python = sb3_options(thrust.Config(**ZOO)), args.peer_python or sys.executable
     commands = {
         "Thrust": [sys.executable, thrust.__file__, "--seed"],
-        "first edition": args.first and [sys.executable, args.first.__file__, "--seed"],
+        "other": args.other and [sys.executable, args.other.__file__, "--seed"],
         "Stable-Baselines3": has_sb3 and peer(sys.executable, "stable_baselines3"),
         "SBX (JAX)": (has_sbx or args.peer_python) and peer(sbx_python, "sbx"),
     }
@@ -308,7 +316,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and seeds")
     parser.add_argument("--only", choices=names, nargs="+", help="measure these sections")
-    parser.add_argument("--first", help="the first edition's file")
+    parser.add_argument("--other", metavar="FILE", help="another version of thrust.py")
     parser.add_argument("--peer-python", type=os.path.abspath, help="a Python with sbx-rl")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -317,10 +325,10 @@ def main():
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     print(f"{os.cpu_count()} cores, {processor}, Python {sys.version.split()[0]}, {versions}")
     with tempfile.TemporaryDirectory() as folder:
-        if args.first:  # under a name of its own, by which workers can import it as well
-            os.symlink(os.path.abspath(args.first), f"{folder}/first_edition.py")
+        if args.other:  # under a name of its own, by which workers can import it as well
+            shutil.copy(args.other, f"{folder}/other_thrust.py")
             sys.path.insert(0, folder)
-            args.first = import_module("first_edition")
+            args.other = import_module("other_thrust")
         for name in args.only or names:
             globals()[f"bench_{name}"](args)
 
