@@ -2,13 +2,10 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.24,<2.5", "torch>=1.13,<=2.13.0", "pytest>=7.2,<10"]
 # ///
-"""Tests of thrust.py, under the same part numbers. Each name is a claim.
-
-Wherever it can be, a claim is checked against somebody else: Gymnasium's CartPole, the GAE of
-Stable-Baselines3 and torchrl, Stable-Baselines3's PPO, torch's own Adam and distributions. If
-you read one test, read part 5's first: whole updates beside a PPO in plain lines. Tests that
-need a package outside requirements.txt are skipped where it is missing, unless THRUST_ALL_TESTS
-is set, as it is in CI."""
+"""Tests of thrust.py, under the same part numbers. Each name is a claim. If you read one, read
+part 5's first: whole updates beside a PPO in plain lines, on torch's Adam and distributions.
+Tests that need a package outside requirements.txt are skipped where it is missing, unless
+THRUST_ALL_TESTS is set, as it is in CI."""
 
 import contextlib
 import copy
@@ -76,19 +73,16 @@ def weights_of(policy):
     return torch.cat([p.detach().reshape(-1) for p in policy.parameters()])
 
 
-def gymnasiums(name, num_envs, **options):
-    """Gymnasium's own vector environment."""
-    vector = oracle("gymnasium").vector
-    mode = {"autoreset_mode": vector.AutoresetMode.SAME_STEP}
+def gymnasiums(name, num_envs, **options):  # its own vector environment
+    mode = {"autoreset_mode": oracle("gymnasium").vector.AutoresetMode.SAME_STEP}
     return oracle("gymnasium").make_vec(name, num_envs, "sync", mode, **options)
 
 
 class Game:
-    """An environment of one's own. A step pays 1 if the action has the sign of the first number
-    seen, or else -1, and at the end at times a jackpot. Games end at any time, in either way or
-    in both at once. `state` is an attribute here, not a method."""
+    """An environment of one's own. A step pays ±1, as the action has the sign of what is seen
+    first or not, the last at times a jackpot; games end at any time, in either way or both."""
 
-    metadata, state = {"autoreset_mode": "SameStep"}, np.zeros(3)
+    metadata, state = {"autoreset_mode": "SameStep"}, np.zeros(3)  # (no method)
 
     def __init__(self, num_envs, actions=TWO, scale=(1.0,) * 4, offset=0.0, jackpot=0.0):
         ones = np.ones(len(scale))
@@ -128,18 +122,15 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_impossible_values_are_refused_with_knob_rule_and_value(name):
     for value in WRONG[name][1:]:
-        sentence = re.escape(f"{name} must be {WRONG[name][0]}; got {value!r}")
-        with pytest.raises(ValueError, match=f"^{sentence}$"):
+        with pytest.raises(ValueError) as error:
             thrust.Config(**{name: value})
-
-
-def test_numbers_of_numpys_become_pythons_and_a_rollout_must_fit_into_total_steps():
+        assert str(error.value) == f"{name} must be {WRONG[name][0]}; got {value!r}"
+    for sizes in ({"total_steps": 127}, {"num_envs": 1, "num_steps": 1}):
+        with pytest.raises(ValueError, match="one rollout, .* must be from 2 to total_steps"):
+            small(**sizes)
     c = small(hidden=np.array([32]), num_envs=np.int64(8), anneal=np.bool_(False), gamma=1)
     assert repr((c.num_envs, c.hidden, c.anneal, c.gamma)) == "(8, (32,), False, 1.0)"
     assert (c.batch_size, c.num_updates, small(total_steps=999).num_updates) == (128, 6, 7)
-    for wrong in ({"total_steps": 127}, {"num_envs": 1, "num_steps": 1}):
-        with pytest.raises(ValueError, match="one rollout, must be from 2 to total_steps"):
-            small(**wrong)
 
 
 # == 2. CartPole ===============================================================================
@@ -149,38 +140,38 @@ def test_numbers_of_numpys_become_pythons_and_a_rollout_must_fit_into_total_step
 def test_it_is_gymnasiums_cartpole_bit_for_bit_also_continued_from_its_state(limit, steps):
     theirs, rng = gymnasiums("CartPole-v1", 8, max_episode_steps=limit), default_rng(0)
     ours, spare, ends = thrust.CartPole(8, limit), thrust.CartPole(8, limit), np.zeros(3)
-    got, expected = [ours.reset(seed=5)[0]], [theirs.reset(seed=5)[0]]
+    obs = ours.reset(seed=5)[0]
+    got, expected = [obs], [theirs.reset(seed=5)[0]]
     for t in range(steps):
         actions = rng.integers(0, 2, 8)
         if t // 1000 % 2:  # with some skill, so that episodes are long
             actions = 1 * (obs @ [0, 0.02, 1, 0.5] > 0)
         obs, *rest, info = ours.step(actions)
         *others, terminated, truncated, their_info = theirs.step(actions)
-        got, expected = [*got, obs, *rest], [*expected, *others, terminated, truncated]
-        ended = terminated | truncated
-        if ended.any():
+        got += [obs, *rest]
+        expected += [*others, terminated, truncated]
+        if (ended := terminated | truncated).any():
             got += [info["_final_obs"], info["final_obs"][ended]]
             expected += [ended, np.stack(their_info["final_obs"][ended])]
         ends += [x.sum() for x in (terminated, truncated, terminated & truncated)]
         if t % 97 == 0:
             spare.set_state(ours.state())
             ours, spare = spare, ours
-    got, expected = [*got, ours.reset()[0]], [*expected, theirs.reset()[0]]  # streams go on
     assert all(map(same, got, expected))  # only now: nothing may have been written over
+    assert same(ours.reset()[0], theirs.reset()[0])  # the streams go on
     # more than a block of start states each, and games that ended in both ways at once
     assert (ends > ([8 * 128, 10, -1] if limit == 500 else [30, 10, 5])).all()
 
 
-def test_it_belongs_to_the_caller_and_without_a_seed_to_nobody():
+def test_what_is_no_action_is_refused_and_changes_nothing_and_results_are_the_callers():
     env = thrust.CartPole(3)
-    assert not same(env.reset()[0], thrust.CartPole(3).reset()[0])
-    env.step(np.zeros(3, int))[1][:] = 7  # what was returned is the caller's
+    env.step(np.zeros(3, int))[1][:] = 7
     assert env.step(np.zeros(3, int))[1].tolist() == [1, 1, 1]
-    before = env.state()
+    before = str(env.state())
     for actions in ([0, 1], [[0, 1, 0]], [0, 1, 2], [0, -1, 1], [0.0, 1.0, 0.0], [True] * 3, 1):
         with pytest.raises(ValueError, match="actions must be 3 ints, 0 or 1; got"):
             env.step(np.array(actions))
-    assert all(same(before[k], array) for k, array in env.state().items())
+    assert str(env.state()) == before != str(thrust.CartPole(3).state())  # without a seed: any
 
 
 # == 3. ActorCritic ============================================================================
@@ -199,16 +190,12 @@ def test_initial_weights_are_orthogonal_with_gains_and_leave_the_global_generato
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(*map(weights_of, (a, b))) and not torch.equal(*map(weights_of, (a, c)))
     for layer, gain in zip([*a.actor[::2], *a.critic[::2]], [2, 2, 0.01**2, 2, 2, 1]):
-        w = layer.weight.detach().double() / math.sqrt(gain)
-        product = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-        # sums of up to 64 products in float32, whose rounding is 2**-24
-        torch.testing.assert_close(product, torch.eye(len(product)).double(), atol=1e-5, rtol=0)
-        assert not layer.bias.any()
+        squares = torch.linalg.svdvals(layer.weight.detach()) ** 2 / gain
+        assert abs(squares - 1).max() < 1e-5 and not layer.bias.any()  # float32, 64 numbers
 
 
 @pytest.mark.parametrize("space", [TWO, MultiDiscrete([[3, 2], [2, 4]], (2, 2)), BOX])
 def test_actions_are_drawn_from_the_distribution_that_advantagess_them(space):
-    """(That one is beside torch.distributions in the whole updates of part 5.)"""
     policy, obs = make_policy(space=space), some_obs(1).repeat(40_000, 1)
     policy.actor[-1].weight.data *= 100  # so that probabilities differ
     if space is BOX:
@@ -223,9 +210,8 @@ def test_actions_are_drawn_from_the_distribution_that_advantagess_them(space):
     assert policy.evaluate(obs[:1], greedy)[0] >= logprob.max()
 
 
-def test_observations_are_arrays_or_tensors_of_any_shape_and_number_type_or_discrete():
-    space, obs = thrust.Box(np.zeros((2, 3)), np.ones((2, 3)), (2, 3)), np.ones((5, 2, 3))
-    policy = thrust.ActorCritic(space, TWO, ())
+def test_observations_are_arrays_or_tensors_of_any_shape_or_discrete():
+    policy, obs = thrust.ActorCritic(BOX._replace(shape=(2, 2)), TWO, ()), np.ones((5, 2, 2))
     for other in (torch.tensor(obs), obs.astype(np.float32), obs.astype(np.uint8)):
         assert torch.equal(policy.value(other), policy.value(obs))
     policy = thrust.ActorCritic(thrust.Discrete(3, start=-1), TWO, ())
@@ -237,14 +223,14 @@ def test_observations_are_arrays_or_tensors_of_any_shape_and_number_type_or_disc
 
 
 def test_hooks_and_functional_call_reach_the_policy_as_they_reach_any_module():
-    policy, obs, calls = make_policy(), some_obs(7), []
+    policy, others, obs, calls = make_policy(), make_policy(seed=1), some_obs(7), []
     for module in (policy, policy.actor[0], policy.critic[-1], policy.encoder):
         module.register_forward_hook(lambda module, inputs, outputs: calls.append(module))
     policy.evaluate(obs, torch.zeros(7, dtype=torch.int64))
     assert calls == [policy.encoder, policy.actor[0], policy.critic[-1], policy]
-    call, others = pytest.importorskip("torch.func").functional_call, make_policy(seed=1)
-    outputs, value = call(policy, dict(others.named_parameters()), (obs,))
-    assert torch.equal(value, others.value(obs)) and torch.equal(outputs, others.actor(obs))
+    call = pytest.importorskip("torch.func").functional_call
+    both = call(policy, dict(others.named_parameters()), (obs,))
+    assert all(map(torch.equal, both, others(obs)))
 
 
 # == 4. Rollout ================================================================================
@@ -264,43 +250,6 @@ def gae_by_definition(rewards, values, next_values, terminated, truncated, gamma
     return advantages
 
 
-def stable_baselines3s(rewards, values, next_values, terminated, truncated, gamma, lam):
-    buffers, spaces = oracle("stable_baselines3.common.buffers"), oracle("gymnasium").spaces
-    (T, N), ended, box = rewards.shape, terminated | truncated, spaces.Box(-1, 1, (1,))
-    buffer = buffers.RolloutBuffer(T, box, spaces.Discrete(2), "cpu", lam, gamma, N)
-    # Its collector adds γ·V(final_obs) to the reward of a truncated step, and ends there.
-    buffer.rewards = rewards + gamma * next_values * (truncated & ~terminated)
-    buffer.values = values.astype(np.float32)
-    buffer.episode_starts = np.concatenate([np.zeros((1, N)), ended[:-1]]).astype(np.float32)
-    buffer.compute_returns_and_advantage(torch.from_numpy(next_values[-1]), ended[-1])
-    return buffer.advantages
-
-
-def torchrls(rewards, values, next_values, terminated, truncated, gamma, lam):
-    functional = oracle("torchrl.objectives.value.functional")
-    arrays = values, next_values, rewards, terminated | truncated, terminated
-    tensors = [torch.from_numpy(a.T.copy())[..., None] for a in arrays]  # (N, T, 1)
-    theirs = functional.generalized_advantage_estimate(gamma, lam, *tensors)
-    return theirs[0][..., 0].numpy().T
-
-
-@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
-@pytest.mark.parametrize("theirs", [gae_by_definition, stable_baselines3s, torchrls])
-def test_gae_is_its_definition_and_what_others_compute(theirs, gamma, lam):
-    rng = default_rng(3)
-    rewards, values, next_values = rng.normal(size=(3, 6, 100))
-    terminated, truncated = rng.random((2, 6, 100)) < 0.4  # so that all cases are there
-    ended = terminated | truncated
-    next_values[:-1] = np.where(ended[:-1], next_values[:-1], values[1:])
-    expected = theirs(rewards, values, next_values, terminated, truncated, gamma, lam)
-    next_values[terminated] = np.nan  # are not read
-    ours = thrust.gae(rewards, values, next_values, terminated, truncated, gamma, lam)
-    # float64, numbers of size 1: their last bit is 2**-52. The others' are float32 in parts.
-    atol = 1e-12 if theirs is gae_by_definition else 2e-6
-    np.testing.assert_allclose(ours[0], expected, atol=atol)
-    np.testing.assert_allclose(ours[1], expected + values, atol=atol)
-
-
 # == 5. PPO ====================================================================================
 
 
@@ -309,56 +258,58 @@ class PlainPPO:
     shown what a learner has played, and has to come to the same weights."""
 
     def __init__(self, learner, choices):
-        self.config, twin, self.choices = learner.config, copy.deepcopy(learner.policy), choices
-        self.actor, self.critic, self.actions = twin.actor, twin.critic, twin.actions
-        self.parameters = list(twin.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, eps=1e-5)
-        self.seen, self.sums, self.running, self.steps = np.zeros((0, 3)), [], 0.0, 0
+        self.config, self.choices = learner.config, choices
+        self.policy = copy.deepcopy(learner.policy)  # for its two networks and log σ
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), eps=1e-5)
+        self.seen, self.sums, self.running = np.zeros((0, 3)), [], 0.0
+        self.steps = self.gradient_steps = 0
 
     def judge(self, obs, action):  # → log-probability, entropy and value of each row
-        outputs = self.actor(obs)
+        outputs, value = self.policy.actor(obs), self.policy.critic(obs)[:, 0]
         if self.choices:
             parts = outputs.split(self.choices, 1)
             several = [torch.distributions.Categorical(logits=part) for part in parts]
         else:
-            pairs = zip(outputs.T, self.actions.log_std.exp())
+            pairs = zip(outputs.T, self.policy.actions.log_std.exp())
             several = [torch.distributions.Normal(mean, std) for mean, std in pairs]
         logprob = sum(one.log_prob(column) for one, column in zip(several, action.T))
-        return logprob, sum(one.entropy() for one in several), self.critic(obs)[:, 0]
+        return logprob, sum(one.entropy() for one in several), value
 
     def normalised(self, obs):  # by what was seen in earlier updates
         if self.steps:
             obs = (obs - self.seen.mean(0)) / np.sqrt(np.maximum(self.seen.var(0), 1e-8))
         return torch.tensor(np.clip(obs, -10, 10).reshape(-1, 3))
 
-    def scaled(self, reward, ended):  # by the discounted sums seen so far, these included
-        for t in range(len(reward)):
-            self.running = self.config.gamma * self.running + reward[t]
+    def scaled(self, rewards, ended):  # by the discounted sums seen so far, these included
+        for t in range(len(rewards)):
+            self.running = self.config.gamma * self.running + rewards[t]
             self.sums.append(self.running)
             self.running = np.where(ended[t], 0.0, self.running)
-        return np.clip(reward / np.std(self.sums), -10, 10)
+        return np.clip(rewards / np.std(self.sums), -10, 10)
 
     def update(self, r, generator):
         """Learns from the rollout r; the generator gives the order of minibatches."""
-        config, shape, flags = self.config, r.reward.shape, (r.terminated, r.truncated)
+        config = self.config
         obs, next_obs = self.normalised(r.obs), self.normalised(r.next_obs)
         action = torch.tensor(r.action).reshape(len(obs), -1)
         with torch.no_grad():
             logprob, entropy, value = self.judge(obs, action)
-            values, next_values = (self.critic(x).view(shape).numpy() for x in (obs, next_obs))
-        arrays = self.scaled(r.reward, flags[0] | flags[1]), values, next_values, *flags
-        advantage = gae_by_definition(*arrays, config.gamma, config.gae_lambda)
-        advantage = torch.tensor(advantage).flatten()
+            next_value = self.policy.critic(next_obs)
+        reward = self.scaled(r.reward, r.terminated | r.truncated)
+        data = reward, *(x.view(reward.shape).numpy() for x in (value, next_value))
+        rest = r.terminated, r.truncated, config.gamma, config.gae_lambda
+        advantage = torch.tensor(gae_by_definition(*data, *rest)).flatten()
         rate = config.learning_rate * (1 - self.steps / config.total_steps)
         self.optimizer.param_groups[0]["lr"] = rate
         log = self.improve(generator, obs, action, logprob, advantage, value + advantage)
         self.seen = np.concatenate([self.seen, *r.obs])
         self.steps += len(obs)
+        self.gradient_steps += len(log)
         shown = log if config.target_kl else log[-len(log) // config.epochs :]  # last epoch's
         row = {name: np.mean([one[name].item() for one in shown]) for name in log[0]}
         unexplained = (advantage.var() / (value + advantage).var()).item()
         row |= {"entropy": entropy.mean().item(), "explained_variance": 1 - unexplained}
-        return row | {"learning_rate": rate}, len(log)
+        return row | {"learning_rate": rate, "gradient_steps": self.gradient_steps}
 
     def improve(self, generator, *batch):
         config, size, log = self.config, len(batch[0]), []
@@ -378,7 +329,8 @@ class PlainPPO:
                 loss = policy_loss + config.vf_coef * value_loss
                 self.optimizer.zero_grad()
                 (loss - config.ent_coef * entropy.mean()).backward()
-                norm = clip_grad_norm_(self.parameters, config.max_grad_norm)
+                longest = config.max_grad_norm or math.inf
+                norm = clip_grad_norm_(self.policy.parameters(), longest)
                 self.optimizer.step()
                 row = {"policy_loss": policy_loss, "value_loss": value_loss, "approx_kl": kl}
                 outside = (ratio != clipped).double().mean()
@@ -391,37 +343,38 @@ UNUSUAL = {
     "learning_rate": 0.02, "gamma": 0.6, "gae_lambda": 0.7, "clip": 0.07, "ent_coef": 0.05,
     "vf_coef": 0.8, "max_grad_norm": 0.3, "norm_obs": True, "norm_reward": True,
 }  # fmt: skip
-KINDS = [(thrust.Discrete(3), [3], 0), (MultiDiscrete([3, 2], (2,)), [3, 2], 0)]
-KINDS += [(thrust.Box(-2 * np.ones(2), np.ones(2), (2,)), None, limit) for limit in (0, 0.004)]
+REAL = thrust.Box(-2 * np.ones(2), np.ones(2), (2,))
+KINDS = [(thrust.Discrete(3), [3], {}), (MultiDiscrete([3, 2], (2,)), [3, 2], {})]
+KINDS += [(REAL, None, {}), (REAL, None, {"target_kl": 0.004, "max_grad_norm": 0.0})]
 
 
-@pytest.mark.parametrize(("space", "choices", "limit"), KINDS)
-def test_whole_updates_are_those_of_a_plain_ppo(space, choices, limit, monkeypatch):
+@pytest.mark.parametrize(("space", "choices", "limits"), KINDS)
+def test_whole_updates_are_those_of_a_plain_ppo(space, choices, limits, monkeypatch):
     """Three updates at knobs none of which has its default, in float64."""
-    config, orders, ends = thrust.Config(**UNUSUAL, target_kl=limit), [], []
+    config, orders, ends = thrust.Config(**{**UNUSUAL, **limits}), [], []
     envs = Game(8, space, scale=[1, 100, 0], offset=[0, 50, 0.3], jackpot=1e3)  # cut off at 10
     policy = thrust.ActorCritic(envs.single_observation_space, space, (16,), norm_obs=True)
     learner = thrust.PPO(envs, config, policy.double())
-    plain, before, gradient_steps = PlainPPO(learner, choices), weights_of(policy), 0
+    plain, before = PlainPPO(learner, choices), weights_of(policy)
     r, improve = learner.rollout, learner._improve
 
-    def spy(*arguments):
+    def spy(batch, rate):
+        logprob = policy.evaluate(batch.obs, batch.action)[0]
+        assert abs(logprob - batch.logprob).max() < 1e-12  # every ratio is 1 at first
         orders.append(copy.deepcopy(learner.generator))
-        return improve(*arguments)
+        return improve(batch, rate)
 
     monkeypatch.setattr(learner, "_improve", spy)
     for _ in range(3):
-        row, (expected, count) = learner.update(), plain.update(r, orders.pop())
+        row, expected = learner.update(), plain.update(r, orders.pop())
         # Only the clipping differs: theirs divides by norm + 1e-6, which is up to 3e-6 of the
         # norm, and Adam passes on no more than that share of 27 steps of 0.02.
-        torch.testing.assert_close(
-            list(policy.parameters()), plain.parameters, atol=2e-6, rtol=0
-        )
+        theirs = weights_of(plain.policy)
+        torch.testing.assert_close(weights_of(policy), theirs, atol=2e-6, rtol=0)
         assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-4)
-        assert row["gradient_steps"] == (gradient_steps := gradient_steps + count)
         ends += [(flag[:-1].any(), flag[-1].any()) for flag in (r.terminated, r.truncated)]
     assert (weights_of(policy) - before).abs().median() > 0.02 and np.any(ends, 0).all()
-    assert (gradient_steps < 27) == (limit > 0)  # the limit ended some update early
+    assert (plain.gradient_steps < 27) == bool(limits)  # target_kl ended some update early
 
 
 def learner_of(envs=None, policy=None, **knobs):
@@ -429,114 +382,19 @@ def learner_of(envs=None, policy=None, **knobs):
     return thrust.PPO(envs or thrust.CartPole(config.num_envs), config, policy)
 
 
-def test_an_update_is_stable_baselines3s(monkeypatch):
-    """Two epochs over one batch; in the second, most of the ratios are beyond the band."""
-    sb3, gym = oracle("stable_baselines3"), oracle("gymnasium")
-    knobs = {"learning_rate": 1e-2, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
-    learner = learner_of(**knobs, epochs=2, clip=0.02, minibatch_size=128, norm_obs=False)
-    sizes = {"n_steps": 128, "batch_size": 128, "n_epochs": 2, "clip_range": 0.02, "seed": 0}
-    theirs = sb3.PPO("MlpPolicy", gym.make("CartPole-v1"), device="cpu", **sizes, **knobs)
-    actor, critic = learner.policy.actor, learner.policy.critic
-    layers = nn.ModuleList([actor[:4], critic[:4], actor[4], critic[4]])  # in their order
-    for mine, other in zip(layers.parameters(), theirs.policy.parameters()):
-        other.data.copy_(mine.data)
-    judge, buffer = learner._advantages, theirs.rollout_buffer
-
-    def spy():
-        batch, entropy = judge()
-        buffer.observations[:, 0], buffer.actions[:, 0, 0] = batch.obs, batch.action
-        buffer.log_probs[:, 0], buffer.advantages[:, 0] = batch.logprob, batch.advantage
-        buffer.returns[:, 0], buffer.full = batch.returns, True
-        return batch, entropy
-
-    buffer.reset()
-    monkeypatch.setattr(learner, "_advantages", spy)
-    assert learner.update()["clip_fraction"] > 0.1
-    theirs.set_logger(sb3.common.logger.configure(None, []))
-    theirs.train()
-    for mine, other in zip(layers.parameters(), theirs.policy.parameters()):
-        # A step is rate·g/(|g| + 1e-5), g off by 2**-24 or so: by a thousandth of the rate
-        torch.testing.assert_close(mine.data, other.data, atol=1e-5, rtol=0)
-
-
-def test_only_outside_the_band_on_the_winning_side_is_the_gradient_cut():
-    class Fixed:
-        def evaluate(self, obs, action):
-            return logprob, zeros, zeros
-
-    #         inside    gained    lost, each with Â = 1 and with Â = -1
-    ratio, sign = [1.15, 0.9, 1.5, 1.3, 0.7, 0.6], [1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
-    logprob, zeros = torch.tensor(ratio).log().requires_grad_(), torch.zeros(6)
-    batch = thrust.Batch(zeros[:, None], zeros, zeros, torch.tensor(sign), zeros)
-    loss, stats = thrust.ppo_loss(Fixed(), batch, thrust.Config(clip=0.2))
-    loss.backward()
-    assert (logprob.grad != 0).tolist() == [True, True, False, True, True, False]
-    # mean( min( ratio·Â, clip(ratio)·Â ) ), by hand; Â of ±1 in equal number scales by 1/std
-    by_hand = np.mean([1.15, -0.9, 1.2, -1.3, 0.7, -0.8]) / np.std(sign, ddof=1)
-    assert -stats["policy_loss"].item() == pytest.approx(by_hand, abs=1e-6)  # float32
-    with pytest.raises(AssertionError, match="would make"):  # (M, M) of it
-        thrust.ppo_loss(Fixed(), batch._replace(returns=zeros[:, None]), small())
-
-
-@pytest.mark.parametrize("limit", [0.5, 0.0])
-def test_adam_is_torchs_adam_with_its_gradient_clipping(limit):
-    layers = nn.Linear(4, 8), nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
-    ours = [p for layer in layers for p in layer.double().parameters()]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    mine, other = thrust.Adam(ours), torch.optim.Adam(theirs, eps=1e-5)
-    for step in range(1, 21):
-        for p, q in zip(ours[1:], theirs[1:]):  # the first has no gradient
-            p.grad = torch.randn_like(p) * 0.01 * step
-            q.grad = p.grad.clone()
-        grads = [p.grad.clone() for p in ours[1:]]
-        expected = clip_grad_norm_(theirs, limit or math.inf).item()
-        other.param_groups[0]["lr"] = 1e-2 / step
-        other.step()
-        # float64, and sums in another order
-        assert mine.step(1e-2 / step, limit) == pytest.approx(expected, rel=1e-12)
-        assert all(torch.equal(p.grad, g) for p, g in zip(ours[1:], grads))  # are left there
-    # Theirs divides by norm + 1e-6; without that, only float64's rounding is left
-    torch.testing.assert_close(ours, theirs, atol=1e-6 if limit else 1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("size", [512, 128, 100, 9999])
-def test_minibatches_cover_the_rollout_almost_equally_and_begin_at_ratio_1(size, monkeypatch):
-    seen, original = [], thrust.ppo_loss
-
-    def spy(policy, batch, *rest):
-        logprob = policy.evaluate(batch.obs, batch.action)[0].detach()
-        seen.append((batch.advantage, (logprob - batch.logprob).exp()))
-        return original(policy, batch, *rest)
-
-    monkeypatch.setattr(thrust, "ppo_loss", spy)
-    learner = learner_of(num_envs=27, num_steps=19, total_steps=10**4, minibatch_size=size)
-    for _ in range(3):
-        seen.clear()
-        learner.update()
-        advantages, ratios = zip(*seen)
-        # Logits of up to 10 have 2**-21 of rounding; a log-probability sums a few of them.
-        assert abs(ratios[0] - 1).max() < 1e-5 and abs(ratios[-1] - 1).max() > 1e-3
-        lengths = [len(advantage) for advantage in advantages]
-        assert len(seen) == 4 * math.ceil(513 / size) and max(lengths) - min(lengths) <= 1
-        epochs = torch.cat(advantages).view(4, 513)  # all of them, each time in another order
-        assert (epochs.sort(1)[0] == epochs[0].sort()[0]).all() and len(epochs.unique()) > 500
-        assert len(epochs.unique(dim=0)) == (4 if size < 513 else 1)  # one piece: no order
-
-
-def test_a_rollout_holds_the_states_reached_and_the_log_what_the_last_100_episodes_brought():
-    learner, ends = learner_of(thrust.CartPole(8, max_episode_steps=8), gamma=0.9), 0
+def test_a_rollout_holds_the_states_reached_and_the_log_the_last_100_episodes_and_the_rate():
+    learner, ends = learner_of(thrust.CartPole(8, max_episode_steps=7), gamma=0.9), 0
     for update in range(1, 8):
         row, r = learner.update(), learner.rollout
         ended = r.terminated | r.truncated
         assert same(r.next_obs[:-1][~ended[:-1]], r.obs[1:][~ended[:-1]])
         assert (np.abs(r.obs[1:][ended[:-1]]) <= 0.05).all()  # as all starts of CartPole's
-        assert np.abs(r.next_obs[ended]).mean() > 0.1 and r.truncated.any()
+        assert np.abs(r.next_obs[ended]).mean() > 0.1
         ends += ended.sum()
-        assert (row["update"], row["steps"], row["episodes"]) == (update, 128 * update, ends)
-        assert row["mean_return"] == row["mean_length"] == 8
+        assert (row["steps"], row["episodes"], row["mean_length"]) == (128 * update, ends, 7)
         # the rate is not yet 0 in the last of six updates, nor below 0 later
         assert row["learning_rate"] == pytest.approx(1e-3 * max(0, 7 - update) / 6, abs=1e-12)
-    assert len(learner.recent) == 100 < ends
+    assert row["mean_return"] == 7 and len(learner.recent) == 100 < ends
     row = learner_of(num_envs=2, num_steps=2, total_steps=4, anneal=False).update()
     assert math.isnan(row["mean_return"]) and row["learning_rate"] == 1e-3
     # FAILS NOW: where all returns are equal, it is -inf, as a variance is divided by 0
@@ -544,162 +402,118 @@ def test_a_rollout_holds_the_states_reached_and_the_log_what_the_last_100_episod
     assert math.isnan(row["explained_variance"])
 
 
-@pytest.mark.parametrize("numbers", [{}, {"offset": 100_000.004, "scale": [1e-3]}])
-def test_a_bandit_is_solved_also_with_an_offset_far_larger_than_its_deviation(numbers):
-    sizes = {"num_envs": 64, "num_steps": 8, "total_steps": 512 * 30, "learning_rate": 1e-2}
-    learner = learner_of(Game(64, **numbers), **sizes, epochs=3, minibatch_size=128)
-    row = [learner.update() for _ in range(30)][-1]
-    assert row["mean_return"] > 0.9 * row["mean_length"]
-
-
 PLACES = [(name, x) for name in ("obs", "last obs") for x in (math.nan, math.inf)]
 PLACES += [("reward", x) for x in (math.nan, -math.inf, 1e20, 1e30)]
 
 
-# FAILS NOW for infinity in obs with norm_obs: the loss sees it cut off at 10, nobody notices,
-# and the normaliser's mean becomes infinite, and is saved
+# FAILS NOW for infinity in obs with norm_obs: the loss sees 10, the normaliser's mean is lost
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("name", "value"), PLACES)
 def test_nan_and_infinity_raise_before_anything_has_learned_from_them(name, value, norm):
     learner = learner_of(Game(8), norm_obs=norm, norm_reward=norm, minibatch_size=128)
     learner.update()
-    before, step, times = copy.deepcopy(learner.policy), learner.envs.step, itertools.count(1)
+    before = copy.deepcopy(learner.policy.state_dict())
+    step, times = learner.envs.step, itertools.count(1)
 
     def broken(actions):
-        obs, reward, *rest = step(actions)
+        results = step(actions)
         if next(times) == (16 if name == "last obs" else 5):
-            (reward if name == "reward" else obs)[:] = value
-        return obs, reward, *rest
+            results[name == "reward"][:] = value
+        return results
 
     learner.envs.step = broken
     if norm and value in (1e20, 1e30):  # are scaled
         assert math.isfinite(learner.update()["grad_norm"])
-    else:
-        with np.errstate(all="ignore"), pytest.raises(RuntimeError, match=r"length is |NaN"):
-            learner.update()
-        now, before = learner.policy.state_dict(), before.state_dict()
-        assert all(torch.equal(now[name], before[name]) for name in before)
-
-
-def test_a_seed_gives_the_same_weights_whatever_others_draw_and_leaves_theirs_alone():
-    weights = []
-    for seed, others in ((3, 0), (3, 1), (4, 0)):
-        np.random.seed(others)
-        states = torch.manual_seed(others).get_state(), np.random.get_state()[1].tolist()
-        learner = learner_of(seed=seed)
+        return
+    with np.errstate(all="ignore"), pytest.raises(RuntimeError, match=r"length is |NaN"):
         learner.update()
-        assert torch.equal(states[0], torch.get_rng_state())
-        assert states[1] == np.random.get_state()[1].tolist()
-        weights.append(weights_of(learner.policy))
-    assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+    assert all(torch.equal(x, before[name]) for name, x in learner.policy.state_dict().items())
 
 
-def test_seeds_have_31_bits_and_no_purpose_or_update_shares_one():
-    seeds = [thrust.derive_seed(seed, i) for seed in range(100) for i in range(4)]
+def trained(seed=0, policy=None, disturb=lambda learner: None):
+    learner = learner_of(seed=seed, policy=policy)
+    for _ in range(3):
+        disturb(learner)
+        before = [torch.get_rng_state().tolist(), str(np.random.get_state())]
+        learner.update()
+        assert before == [torch.get_rng_state().tolist(), str(np.random.get_state())]
+    return weights_of(learner.policy)
+
+
+def test_weights_follow_from_the_seed_whatever_others_draw_or_train_or_leave_in_gradients():
+    other, policy = learner_of(seed=1), make_policy(norm_obs=True)
+
+    def disturb(learner):
+        other.update()
+        learner.policy.zero_grad()
+        learner.policy.value(torch.rand(9, 4)).sum().backward()
+
+    assert torch.equal(trained(), trained(disturb=disturb))
+    assert not torch.equal(trained(), trained(seed=1))
+    copies = copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))
+    weights = [trained(policy=one) for one in (policy, *copies)]
+    assert torch.equal(*weights[:2]) and torch.equal(*weights[1:])
+    seeds = [thrust.derive_seed(i, j) for i in range(100) for j in range(4)]
     learner = learner_of(Game(8))
     for learner.updates in range(100):
         learner.begin_episodes()
         seeds += [learner.envs.seed, learner.generator.bit_generator.state["state"]["state"]]
-    assert len(set(seeds)) == 600 and max(seeds[:400] + seeds[400::2]) < 2**31 - 10**6
+    # 31 bits, as some environments take no more; no purpose or update shares one
+    assert max(seeds[:400] + seeds[400::2]) < 2**31 - 10**6 and len(set(seeds)) == 600
 
 
-# What a copier does with a policy works, or raises.
-
-
-def moved_by(learner):
-    """The names of the parameters that an update changes; "all" if it is all of them."""
+def trains(learner):
+    """Whether an update changes all parameters that require a gradient, and no others."""
     before = copy.deepcopy(learner.policy.state_dict())
     learner.update()
-    now = dict(learner.policy.named_parameters())
-    moved = {name for name in now if not torch.equal(now[name], before[name])}
-    return "all" if moved == now.keys() else moved
+    parameters = learner.policy.named_parameters()
+    return all(torch.equal(p, before[name]) != p.requires_grad for name, p in parameters)
 
 
-def convolution(policy):
-    layers = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Conv2d(3, 4, 2), nn.Flatten()
-    policy.encoder = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-
-
-REPLACE = {
+LAYERS = nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.Conv2d(3, 4, 2), nn.Flatten()
+CNN = nn.Sequential(*LAYERS).to(memory_format=torch.channels_last)
+DEEDS = {
     "layer": lambda policy: policy.actor.__setitem__(2, nn.Linear(64, 64)),
-    "convolution": convolution,
+    "encoder": lambda policy: setattr(policy, "encoder", copy.deepcopy(CNN)),
     "prune": lambda policy: prune.l1_unstructured(policy.critic[2], "weight", 0.5),
     "weight_norm": lambda policy: parametrizations.weight_norm(policy.actor[0]),
-    "assign": lambda policy: policy.load_state_dict(make_policy(1).state_dict(), assign=True),
+    "assign": lambda policy: policy.load_state_dict(policy.state_dict(), assign=True),
+    "freeze": lambda policy: policy.actor.requires_grad_(False),
+    "double": lambda policy: policy.double(),
+    "float": lambda policy: policy.double().float(),
 }
 
 
-@pytest.mark.parametrize("what", REPLACE)
-def test_what_is_replaced_before_ppo_is_trained_and_what_is_afterwards_refused(what):
-    if what in ("weight_norm", "assign") and torch.__version__ < "2.1":
+# FAILS NOW for "freeze": what was trained before is moved on by Adam's running mean
+@pytest.mark.parametrize("deed", DEEDS)
+def test_what_is_changed_before_ppo_is_trained_and_later_too_or_refused_if_replaced(deed):
+    if deed in ("weight_norm", "assign") and torch.__version__ < "2.1":
         pytest.skip("is not in this torch")
-    policy, learner = make_policy(), learner_of(policy=make_policy())
-    REPLACE[what](policy)
-    assert moved_by(learner_of(policy=policy)) == "all"
-    if what == "prune":  # what is 0 stays
-        assert torch.equal(policy.critic[2].weight != 0, policy.critic[2].weight_mask.bool())
-    learner.update()
-    REPLACE[what](learner.policy)
-    with pytest.raises(RuntimeError, match="parameters were replaced: make a new PPO"):
-        learner.update()
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_a_policy_may_change_its_dtype_before_ppo_and_between_updates(norm):
-    learner = learner_of(policy=make_policy(norm_obs=norm).double(), norm_obs=norm)
-    for dtype in (torch.float64, torch.float32, torch.float64):
-        learner.policy.to("cpu", dtype)
-        assert moved_by(learner) == "all"
-        assert weights_of(learner.policy).dtype == learner.adam.m.dtype == dtype
-
-
-# FAILS NOW where they were trained before: Adam's running mean moves them on
-@pytest.mark.parametrize("trained_before", [False, True])
-def test_frozen_parameters_stay(trained_before):
-    policy = make_policy()
-    policy.actor.requires_grad_(trained_before)
-    learner = learner_of(policy=policy)
-    learner.update()
-    policy.actor.requires_grad_(False)
-    assert moved_by(learner) == {name for name in policy.state_dict() if "critic" in name}
-
-
-def test_neither_a_second_learner_nor_gradients_that_others_left_change_anything():
-    alone, first, second = learner_of(), learner_of(), learner_of(seed=1)
-    for _ in range(3):
-        alone.update()
-    for _ in range(3):
-        first.policy.zero_grad()
-        first.policy.value(some_obs(9)).sum().backward()
-        first.update()
-        second.update()
-    assert torch.equal(weights_of(alone.policy), weights_of(first.policy))
+    first, second = make_policy(norm_obs=True), make_policy(norm_obs=True)
+    DEEDS[deed](first)
+    learners = [learner_of(policy=policy) for policy in (first, second)]
+    learners[1].update()
+    DEEDS[deed](second)
+    if deed not in ("freeze", "double", "float"):
+        with pytest.raises(RuntimeError, match="parameters were replaced: make a new PPO"):
+            learners.pop().update()
+    for learner in learners:
+        assert trains(learner) and learner.adam.m.dtype == weights_of(learner.policy).dtype
+    if deed == "prune":  # what was cut off stays 0
+        assert torch.equal(first.critic[2].weight != 0, first.critic[2].weight_mask.bool())
 
 
 def test_dropout_and_batch_norm_are_in_train_mode_in_gradient_steps_alone():
-    policy, calls, norm = make_policy(), [], nn.BatchNorm1d(8)
-    policy.actor = nn.Sequential(nn.Linear(4, 8), norm, nn.Dropout(), nn.Linear(8, 2))
-    for layer in policy.actor[1:3]:
-        layer.register_forward_hook(lambda m, x, y: calls.append((m.training, len(x[0]))))
+    policy, calls, layers = make_policy(), [], (nn.BatchNorm1d(8), nn.Dropout())
+    policy.actor = nn.Sequential(nn.Linear(4, 8), *layers, nn.Linear(8, 2))
     learner = learner_of(policy=policy)
-    calls.clear()  # what PPO asked as it was made
-    assert moved_by(learner) == "all"
-    # 16 steps of 8 environments, the whole rollout at once, 8 gradient steps; two layers each
-    assert calls == [(False, 8)] * 32 + [(False, 128)] * 2 + [(True, 64)] * 16
-    thrust.evaluate(policy, thrust.CartPole(3), seed=0, limit=2)
-    assert calls[50:] == [(False, 3)] * 4 and norm.num_batches_tracked == 8
-
-
-@pytest.mark.parametrize("space", [TWO, BOX])
-def test_a_copied_or_pickled_policy_acts_and_trains_like_the_first(space):
-    first = make_policy(space=space, norm_obs=True)
-    learner_of(Game(8, space), first).update()
-    for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
-        now = copy.deepcopy(first)
-        assert same(*(p.act(some_obs(50), generator=default_rng(0)) for p in (now, other)))
-        assert moved_by(learner_of(Game(8, space), other)) == "all"
-        assert moved_by(learner_of(Game(8, space), now)) == "all"
-        assert torch.equal(weights_of(now), weights_of(other))
+    for layer in layers:
+        layer.register_forward_hook(lambda m, x, y: calls.append((m.training, len(x[0]))))
+    assert trains(learner)
+    thrust.evaluate(policy, thrust.CartPole(3), seed=0, limit=1)
+    # 16 steps, the whole rollout at once, 8 gradient steps, and the evaluation; of two layers
+    steps = [(False, 8)] * 16 + [(False, 128)] + [(True, 64)] * 8 + [(False, 3)]
+    assert calls == [step for step in steps for _ in layers]
 
 
 # == 6. Other games ============================================================================
@@ -711,7 +525,7 @@ MISFITS += [(np.int64, [math.nan, 1]), (np.float32, ["1", "2"]), (np.float32, [1
 MISFITS += [(np.float32, [[1.0, 2.0]]), (np.float32, [1.0]), (np.float32, 1.0)]
 
 
-def test_numbers_are_put_where_they_fit_and_refused_where_they_would_change():
+def test_numbers_are_put_where_they_fit_and_refused_where_they_would_change_or_are_missing():
     for dtype, value in FITS:
         target = np.zeros(2, dtype)
         thrust.put(target, value, "obs")
@@ -719,13 +533,10 @@ def test_numbers_are_put_where_they_fit_and_refused_where_they_would_change():
     for dtype, value in MISFITS:
         with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"^obs must fit into "):
             thrust.put(np.zeros(2, dtype), value, "obs")
-
-
-def test_the_last_observation_may_be_in_objects_tensors_or_lists_but_not_missing():
     results, nines = (np.ones((2, 3)), [1, 2], [0, 1], [0, 0]), [[0] * 3, [9] * 3]
     for last in (np.array([None, np.full(3, 9.0)], object), torch.tensor(nines), nines):
-        obs, final_obs = np.zeros((2, 2, 3), np.float32)
-        targets = obs, final_obs, np.zeros(2), *np.zeros((2, 2), bool)
+        (obs, final_obs), flags = np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), bool)
+        targets = obs, final_obs, np.zeros(2), *flags
         assert thrust.put_step((*results, {"final_obs": last}), *targets).tolist() == [1]
         assert obs.all() and final_obs.tolist() == nines
     for info in ({}, {"final_obs": None}, {"final_obs": np.array([None, None])}):
@@ -735,29 +546,22 @@ def test_the_last_observation_may_be_in_objects_tensors_or_lists_but_not_missing
 
 def test_all_of_gymnasiums_kinds_of_action_are_drawn_and_trained_also_of_a_subclass():
     spaces = oracle("gymnasium").spaces
-
-    class Mine(spaces.Box):
-        pass
-
+    Mine = type("Mine", (spaces.Box,), {})
     kinds = [spaces.Discrete(3, start=5), spaces.MultiDiscrete([2, 3], start=[1, 7])]
     kinds += [spaces.MultiBinary((2, 2)), Mine(-1, 1, (2,)), spaces.Box(0, 3, (2,), np.int32)]
     for space in kinds:
         learner = learner_of(Game(8, space))
-        assert moved_by(learner) == "all"
+        assert trains(learner) and thrust.ActorCritic(Mine(0, 1, (2,)), space)
         sent = learner.policy.to_env(learner.policy.act(some_obs(500)))
         assert sent.dtype == space.dtype and all(action in space for action in sent)
-        assert len(np.unique(sent, axis=0)) >= 3 and thrust.ActorCritic(Mine(0, 1, (2,)), TWO)
-    for unknown, names in (
-        (("text", TWO), "Box, Discrete$"),
-        ((BOX, "text"), "Discrete, Multi"),
-    ):
-        with pytest.raises(ValueError, match=f"^text must be one of {names}"):
+        assert len(np.unique(sent, axis=0)) >= 3
+    for unknown in (("text", TWO), (BOX, "text")):
+        with pytest.raises(ValueError, match=r"^text must be one of .*Box"):
             thrust.ActorCritic(*unknown)
 
 
-@pytest.mark.filterwarnings(
-    "error"
-)  # FAILS NOW: -inf + inf, "invalid value encountered in add"
+# FAILS NOW: a warning, as -inf + inf is NaN
+@pytest.mark.filterwarnings("error")
 def test_actions_are_in_units_of_the_box_where_it_has_limits_and_raw_where_not():
     low, high = np.array([[-1, 0, -np.inf, 2], [1, 512, np.inf, np.inf]], np.float32)
     policy = make_policy(space=thrust.Box(low, high, (4,)))
@@ -772,92 +576,62 @@ def test_actions_are_in_units_of_the_box_where_it_has_limits_and_raw_where_not()
 
 
 class Single:
-    """One environment, as Gymnasium has them. An episode is three steps. It shows its number
-    and its time, in float64 though its space is float32, and always in the same array."""
+    """One environment, as Gymnasium has them; a game is three steps. It shows the step and the
+    number of the game, in float64 though its space is float32, and always in the same array."""
 
     observation_space, action_space = thrust.Box(np.zeros(2), np.ones(2), (2,)), TWO
 
     def __init__(self):
         self.obs, self.calls = np.zeros(2), []
 
-    def reset(self, **options):
-        self.calls.append(options)
-        self.obs[:] = len(self.calls), 0
+    def reset(self, *, seed=None, options=None):
+        self.calls.append((seed, options))
+        self.obs[:] = 0, len(self.calls)
         return self.obs, {}
 
     def step(self, action):
-        self.obs[1] += 1
-        return self.obs, int(action), self.obs[1] == 3, False, {}
+        self.obs[0] += 1
+        return self.obs, int(action), self.obs[0] == 3, False, {}
 
     def close(self):
-        self.calls.append("close")
+        self.calls.append(("closed", None))
 
 
-def test_every_episode_of_environments_one_by_one_is_seeded_and_its_end_is_copied():
-    envs = thrust.GymEnvs(Single, 2)
-    for _ in range(2):  # with the same seed, all is played again
-        kept = [envs.reset(seed=5, options={"level": 3})[0]]
-        for t in range(1, 8):
-            obs, reward, terminated, truncated, info = envs.step(np.array([0, 1]))
-            assert reward.tolist() == [0, 1] and terminated.all() == (t % 3 == 0)
-            kept += [obs, info["final_obs"]] if terminated.all() else [obs]
-    times = [(*array[1] - [3, 0],) for array in kept]  # episodes before: three
-    assert times == [
-        (1, 0),
-        (1, 1),
-        (1, 2),
-        (2, 0),
-        (1, 3),
-        (2, 1),
-        (2, 2),
-        (3, 0),
-        (2, 3),
-        (3, 1),
-    ]
-    assert all(array.dtype == np.float32 for array in kept)  # as in the space
+def test_every_game_of_environments_one_by_one_is_seeded_and_its_end_is_copied():
+    envs, seen = thrust.GymEnvs(Single, 2), []
+    for _ in range(2):
+        seen.append(envs.reset(seed=5, options="given")[0])
+        for _ in range(4):
+            obs, reward, terminated, _, info = envs.step(np.array([0, 1]))
+            seen += [obs, info["final_obs"]]
+            assert reward.tolist() == [0, 1] and terminated[0] == (seen[-1][0, 0] == 3)
     envs.reset()
     envs.close()
-    seeds = [call["seed"] for env in envs.envs for call in env.calls[:-1]]
-    assert seeds[:3] == seeds[3:6] and seeds[0] == 5 and seeds[7] == 6
-    assert len(set(seeds)) == 2 * 4 and envs.envs[1].calls[-1] == "close"
-    assert [call["options"] for call in envs.envs[1].calls[:4]] == [
-        {"level": 3},
-        None,
-        None,
-    ] * 1 + [{"level": 3}]
+    (first, *obs), final_obs = [seen[9], *seen[10::2]], seen[11::2]  # of the second time
+    assert [x[1].tolist() for x in obs] == [[1, 3], [2, 3], [0, 4], [1, 4]]
+    assert first[1].tolist() == [0, 3] and final_obs[2].tolist() == [[3, 3]] * 2
+    seeds, options = zip(*envs.envs[1].calls)
+    assert options == ("given", None, "given", None, None, None) and seeds[5] == "closed"
+    assert seeds[0] == 6 and seeds[:2] == seeds[2:4] and first.dtype == np.float32
+    assert len({*seeds, envs.envs[0].calls[1][0]}) == 5
 
 
-def test_gymnasiums_vector_environment_trains_as_part_2s_and_one_by_one_as_they_do_alone():
-    learners = learner_of(), learner_of(gymnasiums("CartPole-v1", 8))
-    for learner in learners:
-        learner.update()
-        learner.update()
-    assert torch.equal(*(weights_of(learner.policy) for learner in learners))
+def test_environments_are_part_2s_a_modules_or_gymnasiums_or_given(capsys):
     gym = oracle("gymnasium")
+    learners = learner_of(), learner_of(gymnasiums("CartPole-v1", 8))
+    rows = [[learner.update()["grad_norm"] for _ in range(3)] for learner in learners]
+    assert rows[0] == rows[1]  # to the last bit
     with pytest.raises(ValueError, match=r"must be SAME_STEP, not .*: make it with"):
         learner_of(gym.make_vec("CartPole-v1", 8, "sync"))
-    envs, alone, ended = thrust.make_env("CartPole-v1", 3), gym.make("CartPole-v1"), False
-    assert same(envs.reset(seed=7)[0][1], alone.reset(seed=8)[0])
-    while not ended:
-        obs, reward, terminated, truncated, info = envs.step(np.ones(3, np.int64))
-        one, *_, ended, _, _ = alone.step(1)
-        assert same(info["final_obs"][1], one) and terminated[1] == ended
-    assert same(obs[1], alone.reset(seed=thrust.derive_seed(8, 1))[0])
-
-
-def test_environments_are_named_by_part_2_a_module_or_gymnasium(capsys):
-    gym = oracle("gymnasium")
     assert type(thrust.make_env("CartPole", 2)) is thrust.CartPole
     assert thrust.make_env(f"{__name__}:Game", 2).num_envs == 2
-
-    def seen_as(space, value):
-        pole = gym.make("CartPole-v1")
-        return gym.wrappers.TransformObservation(pole, lambda obs: value, space)
-
-    spaces, numbers = gym.spaces, np.ones(3, np.float32)
-    both = spaces.Dict(a=spaces.Box(0, 9, (3,)), b=spaces.Discrete(4))
-    gym.register("Both-v0", lambda: seen_as(both, {"a": numbers, "b": 2}))
-    gym.register("Text-v0", lambda: seen_as(spaces.Dict(a=spaces.Text(4)), {"a": "word"}))
+    obs = thrust.make_env("CartPole-v1", 3).reset(seed=7)[0]
+    assert same(obs[1], gym.make("CartPole-v1").reset(seed=8)[0])
+    wrap, text = gym.wrappers.TransformObservation, gym.spaces.Dict(a=gym.spaces.Text(4))
+    both = gym.spaces.Dict(a=gym.spaces.Box(0, 9, (3,)), b=gym.spaces.Discrete(4))
+    seen = {"a": np.ones(3, np.float32), "b": 2}
+    gym.register("Both-v0", lambda: wrap(gym.make("CartPole-v1"), lambda obs: seen, both))
+    gym.register("Text-v0", lambda: wrap(gym.make("CartPole-v1"), lambda obs: {"a": "x"}, text))
     envs = thrust.make_env(f"{__name__}:Both-v0", 3)  # of a module that has no such name
     assert envs.reset()[0].tolist() == [[1, 1, 1, 0, 0, 1, 0]] * 3
     # FAILS NOW: the line is printed for each of the three environments
@@ -986,11 +760,7 @@ def run_the_loop_of_part_5():
     """In a process of its own: the program that the text gives, and what it must not touch."""
 
     def state():
-        generators = (
-            random.getstate(),
-            str(np.random.get_state()),
-            torch.get_rng_state().tolist(),
-        )
+        generators = random.getstate(), str(np.random.get_state()), str(torch.get_rng_state())
         return generators, torch.get_num_threads(), threading.active_count(), os.listdir()
 
     torch.set_num_threads(2)
@@ -1397,10 +1167,8 @@ class Stateless:
         return self.obs, {}
 
     def step(self, actions):
-        reward, final_obs = (
-            np.where((self.obs[:, 0] > 0) == (actions == 1), 1.0, -1.0),
-            self.obs,
-        )
+        reward = np.where((self.obs[:, 0] > 0) == (actions == 1), 1.0, -1.0)
+        final_obs = self.obs
         self.obs = self.rng.uniform(-1, 1, (self.num_envs, 1)).astype(np.float32)
         always = np.ones(self.num_envs, bool)
         return self.obs, reward, always, ~always, {"final_obs": final_obs}
@@ -1464,34 +1232,22 @@ def test_killed_again_and_again_a_run_is_bit_for_bit_the_run_that_was_not(undist
 
 def test_a_finished_run_can_be_extended_and_what_may_not_change_is_told(in_tmp, capsys):
     thrust.train(small())
-    thrust.main(
-        [
-            "--resume",
-            "runs/CartPole-0",
-            "--total-steps",
-            "1700",
-            "--num-steps",
-            "32",
-            "--epochs",
-            "2",
-        ]
-    )
+    flags = "--resume runs/CartPole-0 --total-steps 1700 --num-steps 32 --epochs 2"
+    thrust.main(flags.split())
     rows = log_of("runs/CartPole-0")
     assert [int(row["update"]) for row in rows] == list(range(1, 10))
     assert [int(row["steps"]) for row in rows] == [*range(128, 769, 128), 1024, 1280, 1536]
     assert [int(row["gradient_steps"]) for row in rows] == [*range(8, 49, 8), 56, 64, 72]
     assert json.loads(pathlib.Path("runs/CartPole-0/config.json").read_text())["epochs"] == 2
-    changes = {
-        "seed": 1,
-        "hidden": (8,),
-        "num_envs": 4,
-        "norm_obs": False,
-        "norm_reward": False,
-    }
-    for name, value in {**changes, "env": "my:Env", "gamma": 0.5}.items():
-        config = dataclasses.replace(small(), **{name: value})
+    changes = {"seed": 1, "hidden": (8,), "num_envs": 4, "env": "my:Env", "gamma": 0.5}
+    for name, value in {**changes, "norm_obs": False, "norm_reward": False}.items():
+        config = dataclasses.replace(small(), total_steps=1700, **{name: value})
         with pytest.raises(ValueError, match=f"runs/CartPole-0 has {name} = .*cannot become"):
             thrust.train(config, resume="runs/CartPole-0")
+    for flags in ("--seed 1", "--total-steps 1000"):
+        with pytest.raises(SystemExit) as done:
+            thrust.main(["--resume", "runs/CartPole-0", *flags.split()])
+        assert done.value.code == 2 and "runs/CartPole-0 has " in capsys.readouterr().err
 
 
 def test_an_environment_without_state_is_resumed_in_new_episodes(in_tmp):
@@ -1531,9 +1287,9 @@ def test_an_evaluation_that_never_ends_is_cut_off_and_says_so(in_tmp, capsys):
     policy = thrust.ActorCritic(envs.single_observation_space, TWO)
     returns, finished = thrust.evaluate(policy, envs, 0, limit=50)
     assert returns.tolist() == [[50, 50, 50]] and not finished.any()
-    thrust.train(small(env="test_thrust:Endless"))
+    thrust.train(small(env="test_thrust:Endless", eval_episodes=12))
     line = capsys.readouterr().out.splitlines()[-2]
-    assert line.endswith("10000.0 ± 0.0 over 4 episodes, 4 of them cut off")
+    assert "10000.0 ± 0.0 over 12 episodes, 12 of them cut off after 10,000" in line
     assert {row["mean_return"] for row in log_of("runs/test_thrust-Endless-0")} == {"nan"}
 
 
@@ -1541,16 +1297,14 @@ def test_an_evaluation_counts_whole_episodes_in_a_fixed_order(undisturbed):
     _, result = undisturbed
     returns, finished = thrust.evaluate(result.policy, thrust.CartPole(4), 7, episodes=3)
     assert finished.all() and returns.shape == (3, 4)
-    for i in range(4):  # each environment alone, one episode after the other
-        envs = thrust.CartPole(1)
-        obs, lengths, running = envs.reset(seed=7 + i)[0], [], 0
-        while len(lengths) < 3:
+    for i, length in enumerate(returns.ravel()):  # each alone, in a game of its own
+        envs, ended, steps = thrust.CartPole(1), False, 0
+        obs, _ = envs.reset(seed=7 + i)
+        while not ended:
             action = result.policy.to_env(result.policy.act(obs, greedy=True))
             obs, _, terminated, truncated, _ = envs.step(action)
-            running += 1
-            if terminated or truncated:
-                lengths, running = [*lengths, running], 0
-        assert returns[:, i].tolist() == lengths
+            ended, steps = terminated[0] or truncated[0], steps + 1
+        assert length == steps
     with pytest.raises(ValueError, match="must be SAME_STEP"):
         thrust.evaluate(result.policy, NextStep(4), 7)
 
@@ -1602,9 +1356,8 @@ def test_what_is_no_checkpoint_is_one_sentence_and_not_run(reason, in_tmp, capsy
             thrust.main([flag, "."])
         error = capsys.readouterr().err
         assert done.value.code == 2 and not os.path.exists("hacked")
-        assert (
-            f"cannot be loaded as a checkpoint: {reason}" in error and "Traceback" not in error
-        )
+        assert f"cannot be loaded as a checkpoint: {reason}" in error
+        assert "Traceback" not in error
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such links")
@@ -1642,6 +1395,9 @@ def test_two_ranks_under_torchrun_log_save_and_go_on_after_a_kill(in_tmp):
     assert [int(row["steps"]) for row in rows] == [128 * (i + 1) for i in range(40)]
     steps = np.diff([0, *(int(row["gradient_steps"]) for row in rows)])
     assert steps.max() == 6 and steps.min() < 6  # target_kl ended some, on both
+    alone = dataclasses.replace(thrust.load_checkpoint(run)[0], total_steps=5376)
+    thrust.train(alone, resume=run)  # one rank goes on with what two have played
+    assert [int(row["steps"]) for row in log_of(run)][-5:] == [5120, 5184, 5248, 5312, 5376]
 
 
 def one_rank(rank, folder, queue):
@@ -1684,9 +1440,7 @@ def test_ranks_play_different_games_and_keep_equal_weights_and_moments(in_tmp):
     assert [int(row["steps"]) for row in rows] == [256, 512, 768]
     assert moments[0] == 8 * 16 * 3  # rows of each rank, in three updates
     obs = np.concatenate([played[0] for played in (*games, *other_games)])
-    assert (
-        np.abs(moments[1] - obs.mean(0)).max() < 1
-    )  # of both: a rough check of the first rows
+    assert np.abs(moments[1] - obs.mean(0)).max() < 1  # roughly: these are first rows alone
 
 
 @pytest.fixture(scope="module")
@@ -1733,7 +1487,8 @@ WRONG_FLAGS = {
     "--seed": "argument --seed: expected one argument",
     "--num-env 4": "unrecognized arguments: --num-env 4",
     "--resume a --evaluate b": "not allowed with argument",
-    "--total-steps 9": "must be from 2 to total_steps = 9; got 2048",
+    "--total-steps 9": "num_envs * num_steps = 2048, must be from 2 to total_steps = 9",
+    "--workers 65": "workers must be at most num_envs = 64",
     "--resume nowhere": "nowhere/checkpoint.pt cannot be loaded as a checkpoint: FileNotFound",
     "--resume=": "checkpoint.pt cannot be loaded as a checkpoint: FileNotFound",
 }

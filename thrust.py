@@ -12,9 +12,9 @@ the way of playing has changed.
 
 This is not a framework: no recurrent networks, replay memory, self-play, hyperparameter sweeps,
 callbacks or plugins. It needs NumPy and PyTorch; Gymnasium, if it is there, has more games.
-"Needs", at the head of a part, tells who copies it alone what to import, and what it calls.
+"Needs", at the head of a part, lists the imports and the other parts that a copy of it needs.
 
-    python thrust.py                     train on CartPole, a pole balanced on a cart
+    python thrust.py                     train on CartPole, to 500 of 500 points in seconds
     python thrust.py --env Acrobot-v1    train on another environment, here Gymnasium's
     python thrust.py --help              every knob and its default
 
@@ -62,8 +62,8 @@ from torch import nn
 # ==============================================================================================
 # Needs: import dataclasses, math, numpy as np; from typing import Any
 # Every number that a user may want to change stands here once: its default, the text that
-# --help prints, the lowest and the highest value. CARTPOLE, below, is for that game alone, so
-# small that it is learned in large minibatches and large steps, if these then get smaller.
+# --help prints, the lowest and the highest value. CARTPOLE, below, overrides some of them for
+# that game: it is so small that large minibatches and a large, falling learning rate work best.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
@@ -73,9 +73,9 @@ def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> An
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of a run. Raises ValueError if one breaks its rule."""
+    """All settings of a run. Raises ValueError if one has a wrong type or is out of range."""
 
-    env: str = knob("CartPole", "CartPole, an id that Gymnasium knows, or module:callable")
+    env: str = knob("CartPole", "CartPole, an id of Gymnasium's, or module:callable(num_envs)")
     seed: int = knob(0, "the number that every random draw is derived from", 0)
     total_steps: int = knob(1_000_000, "steps to train for, of all environments together", 1)
     num_envs: int = knob(16, "environments played side by side (N)", 1, 10**6)
@@ -105,10 +105,10 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             given, (low, high) = getattr(self, field.name), field.metadata["range"]
-            several, kind = field.type is tuple, type(field.default if low is None else low)
+            several = type(field.default) is tuple
+            kind = type(field.default if low is None else low)
             values = np.ravel(given).tolist()  # NumPy's numbers become Python's
-            if kind is float:
-                values = [float(x) if type(x) is int else x for x in values]
+            values = [float(x) if (kind, type(x)) == (float, int) else x for x in values]
             fits = all(type(x) is kind and (low is None or low <= x <= high) for x in values)
             if not fits or np.ndim(given) != int(several):
                 rule = f"a tuple of {kind.__name__}" if several else kind.__name__
@@ -116,8 +116,8 @@ class Config:
                 raise ValueError(f"{field.name} must be {rule}; got {given!r}")
             object.__setattr__(self, field.name, tuple(values) if several else values[0])
         if not 2 <= self.batch_size <= self.total_steps:
-            limits = f"from 2 to total_steps = {self.total_steps}; got {self.batch_size}"
-            raise ValueError(f"num_envs * num_steps, one rollout, must be {limits}")
+            size = f"one rollout, num_envs * num_steps = {self.batch_size},"
+            raise ValueError(f"{size} must be from 2 to total_steps = {self.total_steps}")
 
     @property
     def batch_size(self) -> int:
@@ -171,7 +171,7 @@ class CartPole:
     equations are Barto, Sutton and Anderson's (1983), without friction, as corrected by Florian
     (2007); the order of operations is Gymnasium's, as another would round differently."""
 
-    # 0-d arrays: NumPy takes longer to convert a Python number than to multiply 64 numbers
+    # 0-d arrays: to convert Python's numbers would take a quarter of a step's time at N = 64
     GRAVITY, TAU = np.array(9.8), np.array(0.02)  # m/s²; s from one step to the next
     POLE_MASS, TOTAL_MASS = np.array(0.1), np.array(0.1 + 1.0)  # kg; the latter with the cart
     HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
@@ -252,9 +252,8 @@ class CartPole:
         self._episodes[:], self._seeds[:] = state["episodes"], state["seeds"]
         drawn = self._episodes // self.BLOCK * self.BLOCK * 4  # numbers, in earlier blocks
         pairs = zip(self._seeds.tolist(), drawn.tolist())
-        self._generators = [
-            np.random.Generator(np.random.PCG64(s).advance(n)) for s, n in pairs
-        ]
+        bits = [np.random.PCG64(seed).advance(count) for seed, count in pairs]
+        self._generators = [np.random.Generator(each) for each in bits]
         self._draw_starts((self._episodes % self.BLOCK > 0).nonzero()[0])
 
     def _observe(self):
@@ -311,7 +310,7 @@ class Choice(nn.Module):
         self.space, self.num_outputs = space, int(space.n)
 
     def draw(self, logits, greedy, generator):  # NumPy's (k, n) → int64 (k,), counted from 0
-        # Each action has the largest logit + Gumbel noise with its softmax probability.
+        # Gumbel-max: argmax(logit + Gumbel noise) is a draw from softmax(logits)
         noise = 0 if greedy else generator.gumbel(size=logits.shape)
         return (logits + noise).argmax(-1)
 
@@ -360,10 +359,10 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, *, greedy=False, generator=None) -> np.ndarray:
-        """Draws an action for each observation, (k, *action shape), with a NumPy generator
-        (None: a new, unseeded one), or, if greedy, takes the most probable."""
-        outputs = self.actor(self.encode(obs)).cpu().numpy()
-        return self.actions.draw(outputs, greedy, generator or np.random.default_rng())
+        """Draws an action for each observation, (k, *action shape), for `to_env`, with a NumPy
+        generator (None: a new, unseeded one), or, if greedy, takes the most probable."""
+        generator = generator or (None if greedy else np.random.default_rng())
+        return self.actions.draw(self.actor(self.encode(obs)).cpu().numpy(), greedy, generator)
 
     def evaluate(self, obs, action):
         """What the networks now say of actions taken: (logprob, entropy, value), (k,) each."""
@@ -415,9 +414,9 @@ class ActorCritic(nn.Module):
 # Putting V(s') in the place of rewards that were not seen is called bootstrapping. Rewards
 # break off in three ways. After *terminated* none are left, and V(s') counts as 0. After
 # *truncated* there would have been some, and V(s') counts. At the end of the rollout the game
-# goes on, and V(s') counts as well. In all three the sum of surprises stops. (If a time limit
-# is taken for a fall, the critic learns that 500 steps of balance end in disaster, with nothing
-# in the observation to tell when: arXiv:1712.00378.)
+# goes on, and V(s') counts as well. In all three the sum of surprises stops. If a time limit is
+# taken for a fall, the critic learns that 500 steps of balance end in disaster, with nothing in
+# the observation to tell when (arXiv:1712.00378).
 #
 # V + Â, what was expected plus how much better it went, is the critic's target. It is called
 # "returns", but discounted and partly bootstrapped, as an episode's return is not.
@@ -512,13 +511,12 @@ def ppo_loss(policy, batch: Batch, config: Config, measure: bool = True):
     logprob, entropy, value = policy.evaluate(batch.obs, batch.action)  # (M,) each
     shapes = {x.shape for x in (logprob, entropy, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
-    # Mean 0, deviation 1, however large rewards are. Subtracting a number from all Â may turn a
-    # sign, but on average changes nothing: in every state, Σ ∇π = 0, as Σ π = 1.
+    # Mean 0, deviation 1, however large rewards are. A number subtracted from all Â may turn a
+    # sign, but does not move the mean gradient while ratios are 1: in every state, Σ ∇π = 0.
     std, mean = torch.std_mean(batch.advantage)
     advantage = (batch.advantage - mean) / (std + 1e-8)
-    # ratio = π(a|s) / π_old(a|s)
     log_ratio = logprob - batch.logprob
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # π(a|s) / π_old(a|s)
     # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ). Only one edge of the clip can make the
     # second the smaller, that of the table's "enough": (1+ε)·Â if Â > 0, (1-ε)·Â if Â < 0.
     enough = advantage + config.clip * advantage.abs()
@@ -624,10 +622,9 @@ class PPO:
         self.policy.train()
         measured = self._improve(batch, rate)  # 4. Improve.
         self.policy.eval()
-        if adjust := getattr(getattr(self.policy, "encoder", None), "measure", None):
-            adjust(
-                batch.obs, self.adam.average
-            )  # part 6: observations' scale, between updates only
+        encoder: Any = getattr(self.policy, "encoder", None)
+        if hasattr(encoder, "measure"):  # part 6's, whose scale changes only between updates
+            encoder.measure(batch.obs, self.adam.average)
         self.steps += config.batch_size
         self.updates += 1
         mean_return, mean_length = np.mean(self.recent or [(math.nan, math.nan)], 0).tolist()
@@ -663,7 +660,7 @@ class PPO:
                 self.episodes += len(ended)
                 self.recent.extend(self.running[:, ended].T.tolist())
                 self.running[:, ended] = 0
-        if not all(np.isfinite(obs).all() for obs in (rollout.obs, self.obs)):
+        if not all(np.isfinite(x).all() for x in (rollout.obs, rollout.next_obs, self.obs)):
             raise RuntimeError("an environment returned NaN or infinity as an observation")
 
     @torch.no_grad()
@@ -675,29 +672,27 @@ class PPO:
         logprob, entropy, value = self.policy.evaluate(obs, action)
         values = value.cpu().numpy().reshape(reward.shape)  # (T, N)
         # Most s' are the next step's s, but not those where an episode or the rollout ends.
-        next_values, others = np.roll(values, -1, axis=0), r.terminated | r.truncated
-        others[-1] = True
+        next_values, ended = np.roll(values, -1, axis=0), r.terminated | r.truncated
+        others = np.vstack([ended[:-1], np.ones_like(ended[-1:])])
         next_values[others] = self.policy.value(r.next_obs[others]).cpu().numpy()
         if self.scale_rewards:
-            reward = self.scale_rewards(reward, r.terminated | r.truncated)
-        flags, knobs = (r.terminated, r.truncated), (config.gamma, config.gae_lambda)
-        both = gae(reward, values, next_values, *flags, *knobs)
+            reward = self.scale_rewards(reward, ended)
+        gamma, lam = config.gamma, config.gae_lambda
+        both = gae(reward, values, next_values, r.terminated, r.truncated, gamma, lam)
         advantage, returns = (torch.from_numpy(x).to(value).flatten() for x in both)
         return Batch(obs, action, logprob, advantage, returns), entropy.mean().item()
 
     def _improve(self, batch: Batch, rate: float) -> list[dict]:
         """Gradient steps; returns what the last epoch measured (with target_kl, all epochs)."""
         config, size = self.config, len(batch.returns)
-        pieces = math.ceil(size / config.minibatch_size)
         measured: list[dict] = []
         for epoch in range(config.epochs):
             measure = epoch == config.epochs - 1 or config.target_kl > 0
             # Almost equal pieces: as M ≥ 3, none is a single transition, without deviation.
             order = torch.from_numpy(self.generator.permutation(size)).to(config.device)
-            for rows in order.tensor_split(pieces):
-                part = (
-                    batch if pieces == 1 else Batch(*(x.index_select(0, rows) for x in batch))
-                )
+            for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
+                whole = len(rows) == size  # then the order does not matter
+                part = batch if whole else Batch(*(x.index_select(0, rows) for x in batch))
                 loss, stats = ppo_loss(self.policy, part, config, measure)
                 limit = config.target_kl if measured else 0  # before the first step, KL is 0
                 if limit and self.adam.average(stats["approx_kl"]) > limit:
@@ -706,11 +701,12 @@ class PPO:
                     p.grad = None
                 loss.backward()
                 stats["grad_norm"] = self.adam.step(rate, config.max_grad_norm)
-                measured += [stats] if measure else []
+                if measure:
+                    measured.append(stats)
         return measured
 
 
-# PPO is complete here. After `from thrust import *`, a program needs no more than this:
+# PPO is complete here, with a few helpers of part 6. After `from thrust import *`, this trains:
 #
 #     config = Config(**CARTPOLE)
 #     learner = PPO(CartPole(config.num_envs), config)
@@ -779,37 +775,47 @@ def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> n
 
 def require_same_step(envs):
     """ValueError unless `envs` begins a new episode in the step that ends one."""
+    if not hasattr(envs, "num_envs"):
+        raise ValueError(f"{envs} is not a batch; GymEnvs(make, num_envs) makes one")
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
         how = "make it with autoreset_mode=AutoresetMode.SAME_STEP"
         raise ValueError(f"the autoreset_mode of {envs} must be SAME_STEP, not {mode}: {how}")
 
 
+def has_state(envs) -> bool:
+    """Whether `envs` can be saved and go on; an attribute `state` is not enough."""
+    return all(callable(getattr(envs, name, None)) for name in ("state", "set_state"))
+
+
 def derive_seed(seed: int, *purpose: int) -> int:
-    """A seed for one purpose, unrelated to those for others. It is below 2³¹ - 10⁶, so that
-    seed + i, of environment i, suits simulators that take 31 bits."""
+    """A seed for one purpose (0 weights, 1 draws, 2 environments, 3 evaluation, 4 ranks). It is
+    below 2³¹ - 10⁶, so that seed + i, of environment i, suits simulators that take 31 bits."""
     sequence = np.random.SeedSequence(seed, spawn_key=purpose)
     return int(sequence.generate_state(1)[0]) % (2**31 - 10**6)
 
 
-class Choices(Choice):
-    """The distribution of an array of independent choices, each with logits of its own."""
+class Choices(nn.Module):
+    """An array of independent choices, each with its own logits; the i-th is among nvec[i]."""
+
+    to_env = Choice.to_env
 
     def __init__(self, space):
-        nn.Module.__init__(self)
-        nvec = getattr(space, "nvec", np.full(space.shape, 2))  # choice i is one among nvec[i]
-        self.space, self.sizes = space, np.ravel(nvec).tolist()
+        super().__init__()
+        self.space, nvec = space, getattr(space, "nvec", np.full(space.shape, 2))
+        self.each = [Choice(Discrete(n)) for n in np.ravel(nvec).tolist()]
+        self.sizes = [choice.num_outputs for choice in self.each]
         self.num_outputs = sum(self.sizes)
 
     def draw(self, logits, greedy, generator):  # (k, num_outputs) → int64 (k, *shape)
         parts = np.split(logits, np.cumsum(self.sizes)[:-1], axis=1)
-        each = [Choice.draw(self, part, greedy, generator) for part in parts]
-        return np.stack(each, 1).reshape(-1, *self.space.shape)
+        drawn = [choice.draw(x, greedy, generator) for choice, x in zip(self.each, parts)]
+        return np.stack(drawn, 1).reshape(-1, *self.space.shape)
 
     def judge(self, logits, action):  # log-probabilities and entropies of all add up
-        parts, columns = logits.split(self.sizes, 1), action.flatten(1).unbind(1)
-        each = [Choice.judge(self, part, column) for part, column in zip(parts, columns)]
-        return tuple(torch.stack(x).sum(0) for x in zip(*each))
+        parts = logits.split(self.sizes, 1), action.reshape(len(action), -1).unbind(1)
+        judged = [choice.judge(x, a) for choice, x, a in zip(self.each, *parts)]
+        return tuple(torch.stack(x).sum(0) for x in zip(*judged))
 
 
 class Normal(nn.Module):
@@ -827,15 +833,14 @@ class Normal(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(self.num_outputs))
 
     def draw(self, means, greedy, generator):  # (k, num_outputs) → float32 (k, *shape)
-        noise = generator.standard_normal(means.shape, np.float32) * (not greedy)
+        noise = 0 if greedy else generator.standard_normal(means.shape, np.float32)
         std = self.log_std.detach().exp().cpu().numpy()
         return (means + std * noise).reshape(-1, *self.space.shape)
 
     def judge(self, means, action):
-        # log π(a|s) = -½·((a - mean) / σ)² - log σ - c;  entropy = ½ + log σ + c, where c is
-        # half the logarithm of 2π (here the number)
+        # log π(a|s) = -½·((a - mean) / σ)² - log σ - c;  entropy = ½ + log σ + c;  c = ½·log 2π
         log_scale = self.log_std + 0.5 * math.log(2 * math.pi)
-        error = (action.flatten(1) - means) / self.log_std.exp()
+        error = (action.reshape(means.shape) - means) / self.log_std.exp()
         logprob = -(0.5 * error.square() + log_scale).sum(1)
         return logprob, (0.5 + log_scale).sum().expand_as(logprob)
 
@@ -869,7 +874,7 @@ class Normalizer(nn.Module):
 
     def measure(self, x, average=None):
         """Counts in the rows of x, (k, ...), as Chan, Golub and LeVeque (1979) do."""
-        x, average = x.flatten(1).double(), average or (lambda tensor: tensor)
+        x, average = x.reshape(len(x), -1).double(), average or (lambda tensor: tensor)
         mean = average(x.mean(0))
         var = average((x - mean).square().mean(0))
         total, shift = self.count + len(x), mean - self.mean
@@ -881,7 +886,7 @@ class Normalizer(nn.Module):
         return self.var.clamp(min=1e-8).sqrt()
 
     def forward(self, x):  # (k, ...) → float64 (k, K)
-        return ((x.flatten(1) - self.mean) / self.std()).clamp(-10, 10)
+        return ((x.reshape(len(x), -1) - self.mean) / self.std()).clamp(-10, 10)
 
 
 class RewardScale(nn.Module):
@@ -890,11 +895,8 @@ class RewardScale(nn.Module):
 
     def __init__(self, config, average=None):
         super().__init__()
-        self.gamma, self.average, self.moments = (
-            config.gamma,
-            average,
-            Normalizer(Box(0, 0, (1,))),
-        )
+        self.gamma, self.average = config.gamma, average
+        self.moments = Normalizer(Box(0, 0, (1,)))
         self.register_buffer("sums", torch.zeros(config.num_envs, dtype=torch.float64))  # R
 
     def forward(self, reward, ended):  # float64 (T, N), bool (T, N)
@@ -920,7 +922,7 @@ def by_kind(space, makers: dict) -> nn.Module:
 
 class GymEnvs:
     """N of Gymnasium's environments, stepped one by one; `make()` makes one. Environment i is
-    seeded seed + i, then anew for each episode, as some of them else draw from elsewhere."""
+    seeded seed + i, then anew for each episode: some draw from what only a seed resets."""
 
     metadata = {"autoreset_mode": "SameStep"}
 
@@ -938,9 +940,10 @@ class GymEnvs:
 
     def step(self, actions):
         results = [env.step(action) for env, action in zip(self.envs, actions)]
-        reached, reward, *flags = ([result[i] for result in results] for i in range(4))
+        reached, reward, *flags, _ = zip(*results)
         obs = final_obs = self._stack(reached)  # a copy: `reset` may write over what it holds
-        terminated, truncated = np.array(flags, bool)
+        put(both := np.zeros((2, self.num_envs), bool), flags, "terminated, truncated")
+        terminated, truncated = both
         ended = terminated | truncated
         if ended.any():
             obs = obs.copy()
@@ -1117,8 +1120,8 @@ class EnvPool(contextlib.AbstractContextManager):
         with contextlib.closing(make_env(1)) as env:  # only to see what they look like
             require_same_step(env)
             obs, action = env.single_observation_space, env.single_action_space
-            if not callable(getattr(env, "state", None)):
-                self.state = self.set_state = None
+            if not has_state(env):
+                self.state = self.set_state = None  # there is nothing to save
         for space in (obs, action):
             if space.shape is None or np.dtype(space.dtype).kind not in "biuf":
                 raise ValueError(f"a pool shares arrays of numbers; flatten the space {space}")
@@ -1162,7 +1165,7 @@ class EnvPool(contextlib.AbstractContextManager):
         return self._arrays[1], {}
 
     def step(self, actions: np.ndarray):
-        """As CartPole's; in `info` is also "_final_obs", the mask of the rows that ended."""
+        """As CartPole's, but what is returned is valid only until the next step."""
         action, obs, final_obs, reward, terminated, truncated = self._arrays
         put(action, actions, "action")
         self._ask("stepping")
@@ -1171,7 +1174,7 @@ class EnvPool(contextlib.AbstractContextManager):
         return obs, reward, terminated, truncated, info
 
     def state(self) -> dict[str, np.ndarray]:
-        """What the environments' future depends on, N rows each; None if they have no state."""
+        """What the environments' future depends on, N rows each."""
         states = self._ask("giving its state", "state", None)
         return {name: np.concatenate([each[name] for each in states]) for name in states[0]}
 
@@ -1183,7 +1186,7 @@ class EnvPool(contextlib.AbstractContextManager):
 
     def _ask(self, doing, *word, timeout=None):
         """Has all workers step, or carry out a word; returns the answers. Ten times a second it
-        looks if one failed. (It counts: a clock would go on while all sleep, as by Ctrl-Z.)"""
+        looks if one failed. It counts looks: time spent suspended must not count."""
         if not self.close.still_active():
             raise RuntimeError("this pool is closed")
         looks, timeout, failed = 0, timeout or self.timeout, self._failed
@@ -1221,7 +1224,8 @@ class EnvPool(contextlib.AbstractContextManager):
 # for bit. (If the environments have `state`, as CartPole has. Others begin new episodes.)
 #
 # The same config gives the same weights, bit for bit, on the same machine, package versions and
-# number of threads, with any number of workers: every seed is derived from config.seed.
+# number of threads, with any number of workers, because every seed is derived from config.seed.
+# (If environments draw from generators that `reset` seeds; and for one rank, below.)
 #
 # Several processes, called ranks, can train one policy together; torchrun starts them. Each
 # plays environments of its own, with seeds of its own, and before every gradient step all take
@@ -1250,17 +1254,16 @@ def evaluate(policy, envs, seed: int, episodes: int = 1, limit: int = 10_000):
     require_same_step(envs)
     policy.eval()
     returns = np.zeros((episodes, envs.num_envs))
-    finished, episode = np.zeros(returns.shape, bool), np.zeros(envs.num_envs, int)
-    obs, _ = envs.reset(seed=seed)
-    for _ in range(limit):
-        actions = policy.to_env(policy.act(obs, greedy=True))
-        obs, reward, terminated, truncated, _ = envs.step(actions)
-        ended, playing = np.logical_or(terminated, truncated), (episode < episodes).nonzero()[0]
-        returns[episode[playing], playing] += np.asarray(reward)[playing]
-        finished[episode[playing], playing] = ended[playing]
-        episode += ended
-        if finished.all():
-            break
+    finished = np.zeros(returns.shape, bool)
+    for i in range(episodes):
+        obs, _ = envs.reset(seed=seed + i * envs.num_envs)
+        for _ in range(limit):
+            actions = policy.to_env(policy.act(obs, greedy=True))
+            obs, reward, terminated, truncated, _ = envs.step(actions)
+            returns[i] += np.where(finished[i], 0, reward)  # first episodes
+            finished[i] |= np.logical_or(terminated, truncated)
+            if finished[i].all():
+                break
     return returns, finished
 
 
@@ -1268,9 +1271,9 @@ def tell_evaluation(policy, config: Config) -> np.ndarray:
     """Prints the evaluation and the weights' hash; gives the returns, (eval_episodes,)."""
     rounds = math.ceil(config.eval_episodes / config.num_envs)
     with contextlib.closing(make_envs(config)) as envs:
-        both = evaluate(policy, envs, derive_seed(config.seed, 3), rounds, 10_000 * rounds)
+        both = evaluate(policy, envs, derive_seed(config.seed, 3), rounds)
     returns, finished = (x.ravel()[: config.eval_episodes] for x in both)
-    cut = "" if finished.all() else f", {np.sum(~finished)} of them cut off"
+    cut = "" if finished.all() else f", {np.sum(~finished)} of them cut off after 10,000 steps"
     mean = f"{returns.mean():.1f} ± {returns.std():.1f}"
     say(f"evaluation: mean return {mean} over {len(returns)} episodes{cut}")
     weights = nn.utils.parameters_to_vector(policy.parameters()).detach().cpu().numpy()
@@ -1279,15 +1282,15 @@ def tell_evaluation(policy, config: Config) -> np.ndarray:
 
 
 def learner_state(learner: PPO) -> dict:
-    """All that the learner's future depends on, in tensors, numbers, strings, lists, dicts."""
+    """All that the learner's future depends on, in tensors, ints, strings, lists and dicts."""
     envs, scale = learner.envs, learner.scale_rewards
-    state = envs.state() if callable(getattr(envs, "state", None)) else {}
+    state = envs.state() if has_state(envs) else {}
     return {
         "policy": learner.policy.state_dict(),
         "adam": [learner.adam.m, learner.adam.v, learner.adam.steps],
         "scale": scale.state_dict() if scale else {},
         "counts": [learner.steps, learner.episodes, learner.updates],
-        "recent": list(learner.recent),
+        "recent": torch.tensor(list(learner.recent), dtype=torch.float64),
         "draws": json.dumps(learner.generator.bit_generator.state),
         "envs": {name: torch.from_numpy(array) for name, array in state.items()},
         "obs": torch.as_tensor(learner.obs),
@@ -1299,12 +1302,14 @@ def restore(learner: PPO, state: dict, exactly: bool):
     """Goes on from what `learner_state` returned; if not exactly, in new episodes."""
     learner.policy.load_state_dict(state["policy"])
     learner.adam.m, learner.adam.v, learner.adam.steps = state["adam"]
-    if learner.scale_rewards:
-        learner.scale_rewards.load_state_dict(state["scale"])
     learner.steps, learner.episodes, learner.updates = state["counts"]
-    learner.recent.extend(state["recent"])
+    learner.recent.extend(state["recent"].tolist())
+    exactly = exactly and bool(state["envs"])
+    if learner.scale_rewards:
+        state["scale"]["sums"] *= exactly  # of the running episodes
+        learner.scale_rewards.load_state_dict(state["scale"])
     learner.begin_episodes()
-    if exactly and state["envs"]:
+    if exactly:
         learner.generator.bit_generator.state = json.loads(state["draws"])
         learner.envs.set_state({name: x.numpy().copy() for name, x in state["envs"].items()})
         learner.obs, learner.running = (state[k].numpy().copy() for k in ("obs", "running"))
@@ -1330,7 +1335,7 @@ def load_checkpoint(run) -> tuple[Config, dict]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return Config(**json.loads(saved["config"])), saved
-    except Exception as error:  # torch raises a mixed bag
+    except Exception as error:  # torch documents no exception types
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} cannot be loaded as a checkpoint: {reason}") from error
 
@@ -1361,8 +1366,8 @@ def new_folder(config: Config) -> pathlib.Path:
 
 
 class Run:
-    """What is kept of a run in its folder, and told of it on the screen. `saved` is what its
-    checkpoint held, or {}; `total` the steps that it will have."""
+    """A run's folder and its lines on the screen. `saved` is what its checkpoint held, or {};
+    `total` the steps that it will have."""
 
     def __init__(self, folder, config: Config, learner: PPO, saved: dict, total: int):
         self.folder, self.config, self.learner, self.total = folder, config, learner, total
@@ -1461,6 +1466,8 @@ def load_to_resume(run, config: Config) -> dict:
         before, now = getattr(old, name), getattr(config, name)
         if before != now:
             raise ValueError(f"{run} has {name} = {before}, which cannot become {now}")
+    if saved["steps"] > config.total_steps:
+        raise ValueError(f"{run} has played more steps than total_steps = {config.total_steps}")
     return saved
 
 
@@ -1477,17 +1484,17 @@ def train(config: Config, *, resume=None) -> Result:
         saved = load_to_resume(resume, config) if resume and rank == 0 else {}
         own, average = config, None
         if ranks > 1:
-            seed, average = derive_seed(config.seed, 4, rank), mean_over_ranks
-            own = dataclasses.replace(
-                config, seed=seed, total_steps=config.total_steps // ranks
-            )
+            average = mean_over_ranks
+            seed, share = derive_seed(config.seed, 4, rank), config.total_steps // ranks
+            own = dataclasses.replace(config, seed=seed, total_steps=share)
         with contextlib.closing(make_envs(own)) as envs:
             learner = PPO(envs, own, average=average)
-            state = [saved["learner"] if saved else learner_state(learner)]
+            state = [saved.get("learner", learner_state(learner)), saved.get("steps", 0)]
             if ranks > 1:  # all begin with rank 0's
                 torch.distributed.broadcast_object_list(state)
             if saved or ranks > 1:
                 restore(learner, state[0], exactly=ranks == 1)
+                learner.steps = state[1] // ranks  # the number of ranks may have changed
             updates = (own.total_steps - learner.steps) // own.batch_size  # to go
             if rank == 0:
                 folder = pathlib.Path(resume) if resume else new_folder(config)
@@ -1516,7 +1523,8 @@ def train(config: Config, *, resume=None) -> Result:
 
 def main(argv=None):
     """Runs the command line. Every knob of Config is a flag."""
-    if hasattr(sys.stdout, "reconfigure"):  # (pytest's has it not)
+    sys.path.append(os.getcwd())  # where --env finds modules too
+    if hasattr(sys.stdout, "reconfigure"):  # pytest's stdout lacks it
         sys.stdout.reconfigure(errors="replace")  # for consoles without "±"
     parser = argparse.ArgumentParser(
         prog="thrust.py", usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -1542,6 +1550,10 @@ def main(argv=None):
         else:
             run = evaluated if resume is None else resume
             config = dataclasses.replace(load_checkpoint(run)[0], **knobs)
+            if resume is not None:
+                load_to_resume(resume, config)  # to refuse what cannot be changed
+        if config.workers > config.num_envs:
+            raise ValueError(f"workers must be at most num_envs = {config.num_envs}")
     except ValueError as error:
         parser.error(str(error))
     if evaluated is not None:
