@@ -100,7 +100,8 @@ class Game:
 
     def step(self, actions):
         chosen, seen = actions.reshape(self.num_envs, -1)[:, 0], (self.obs - self.offset)[:, 0]
-        terminated, truncated, rare = self.rng.random((3, self.num_envs)) < 0.15
+        rates, numbers = np.array([[0.15], [0.15], [0.01]]), self.rng.random((3, self.num_envs))
+        terminated, truncated, rare = numbers < rates
         ended, reached, self.obs = terminated | truncated, self.draw(), self.draw()
         reward = np.where((seen > 0) == (chosen > 0), 1.0, -1.0) + self.jackpot * (ended & rare)
         self.obs[~ended] = reached[~ended]
@@ -115,7 +116,6 @@ WRONG = {
     "anneal": ("bool", 1, "yes"),
     # FAILS NOW: of hidden=64, the sentence says that it "must be int from 1 to 100000; got 64"
     "hidden": ("a tuple of int from 1 to 100000", 64, (64, 0), (6.4,), (True,), ((64,),)),
-    "env": ("str", 3, None),
 }
 
 
@@ -126,7 +126,7 @@ def test_impossible_values_are_refused_with_knob_rule_and_value(name):
             thrust.Config(**{name: value})
         assert str(error.value) == f"{name} must be {WRONG[name][0]}; got {value!r}"
     for sizes in ({"total_steps": 127}, {"num_envs": 1, "num_steps": 1}):
-        with pytest.raises(ValueError, match="one rollout, .* must be from 2 to total_steps"):
+        with pytest.raises(ValueError, match="one rollout, num_envs"):
             small(**sizes)
     c = small(hidden=np.array([32]), num_envs=np.int64(8), anneal=np.bool_(False), gamma=1)
     assert repr((c.num_envs, c.hidden, c.anneal, c.gamma)) == "(8, (32,), False, 1.0)"
@@ -140,8 +140,7 @@ def test_impossible_values_are_refused_with_knob_rule_and_value(name):
 def test_it_is_gymnasiums_cartpole_bit_for_bit_also_continued_from_its_state(limit, steps):
     theirs, rng = gymnasiums("CartPole-v1", 8, max_episode_steps=limit), default_rng(0)
     ours, spare, ends = thrust.CartPole(8, limit), thrust.CartPole(8, limit), np.zeros(3)
-    obs = ours.reset(seed=5)[0]
-    got, expected = [obs], [theirs.reset(seed=5)[0]]
+    got, expected = [obs := ours.reset(seed=5)[0]], [theirs.reset(seed=5)[0]]
     for t in range(steps):
         actions = rng.integers(0, 2, 8)
         if t // 1000 % 2:  # with some skill, so that episodes are long
@@ -181,8 +180,8 @@ def make_policy(seed=0, space=TWO, **options):
     return thrust.ActorCritic(BOX, space, seed=seed, **options)
 
 
-def some_obs(size, seed=0):
-    return torch.from_numpy(default_rng(seed).standard_normal((size, 4), np.float32))
+def some_obs(size):
+    return torch.from_numpy(default_rng(0).standard_normal((size, 4), np.float32))
 
 
 def test_initial_weights_are_orthogonal_with_gains_and_leave_the_global_generator():
@@ -210,10 +209,14 @@ def test_actions_are_drawn_from_the_distribution_that_advantagess_them(space):
     assert policy.evaluate(obs[:1], greedy)[0] >= logprob.max()
 
 
-def test_observations_are_arrays_or_tensors_of_any_shape_or_discrete():
+def test_observations_are_arrays_or_tensors_of_any_shape_and_offset_or_discrete():
     policy, obs = thrust.ActorCritic(BOX._replace(shape=(2, 2)), TWO, ()), np.ones((5, 2, 2))
     for other in (torch.tensor(obs), obs.astype(np.float32), obs.astype(np.uint8)):
         assert torch.equal(policy.value(other), policy.value(obs))
+    policy, obs = make_policy(norm_obs=True), 1e5 + 1e-3 * default_rng(0).normal(size=(99, 4))
+    policy.encoder.measure(torch.tensor(obs))
+    assert abs(policy.encode(obs).var(0, unbiased=False) - 1).max() < 1e-5  # float32
+    assert "encoder.mean" in policy.state_dict() and "encoder.var" in policy.state_dict()
     policy = thrust.ActorCritic(thrust.Discrete(3, start=-1), TWO, ())
     policy.critic[0].weight.data[:] = torch.tensor([10.0, 20.0, 30.0])
     assert policy.value(np.array([-1, 1, 0, 1])).tolist() == [10, 30, 20, 30]
@@ -238,10 +241,9 @@ def test_hooks_and_functional_call_reach_the_policy_as_they_reach_any_module():
 
 def gae_by_definition(rewards, values, next_values, terminated, truncated, gamma, lam):
     """Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode; O(T²), one number at a time."""
-    T, N = rewards.shape
-    advantages = np.zeros((T, N))
-    for n, t in itertools.product(range(N), range(T)):
-        for s in range(t, T):
+    advantages = np.zeros(rewards.shape)
+    for t, n in np.ndindex(rewards.shape):
+        for s in range(t, len(rewards)):
             following = 0.0 if terminated[s, n] else next_values[s, n]
             delta = rewards[s, n] + gamma * following - values[s, n]
             advantages[t, n] += (gamma * lam) ** (s - t) * delta
@@ -312,25 +314,24 @@ class PlainPPO:
         return row | {"learning_rate": rate, "gradient_steps": self.gradient_steps}
 
     def improve(self, generator, *batch):
-        config, size, log = self.config, len(batch[0]), []
-        for _ in range(config.epochs):
+        c, size, log = self.config, len(batch[0]), []
+        for _ in range(c.epochs):
             order = generator.permutation(size)
-            for rows in np.array_split(order, math.ceil(size / config.minibatch_size)):
+            for rows in np.array_split(order, math.ceil(size / c.minibatch_size)):
                 obs, action, old_logprob, advantage, returns = (x[rows] for x in batch)
                 logprob, entropy, value = self.judge(obs, action)
                 ratio = (logprob - old_logprob).exp()
                 kl = (ratio - 1 - ratio.log()).mean()
-                if log and 0 < config.target_kl < kl:
+                if log and 0 < c.target_kl < kl:
                     return log
                 advantage = (advantage - advantage.mean()) / advantage.std()
-                clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+                clipped = ratio.clamp(1 - c.clip, 1 + c.clip)
                 policy_loss = -torch.min(ratio * advantage, clipped * advantage).mean()
                 value_loss = ((value - returns) ** 2).mean()
-                loss = policy_loss + config.vf_coef * value_loss
+                loss = policy_loss + c.vf_coef * value_loss - c.ent_coef * entropy.mean()
                 self.optimizer.zero_grad()
-                (loss - config.ent_coef * entropy.mean()).backward()
-                longest = config.max_grad_norm or math.inf
-                norm = clip_grad_norm_(self.policy.parameters(), longest)
+                loss.backward()
+                norm = clip_grad_norm_(self.policy.parameters(), c.max_grad_norm or math.inf)
                 self.optimizer.step()
                 row = {"policy_loss": policy_loss, "value_loss": value_loss, "approx_kl": kl}
                 outside = (ratio != clipped).double().mean()
@@ -343,20 +344,20 @@ UNUSUAL = {
     "learning_rate": 0.02, "gamma": 0.6, "gae_lambda": 0.7, "clip": 0.07, "ent_coef": 0.05,
     "vf_coef": 0.8, "max_grad_norm": 0.3, "norm_obs": True, "norm_reward": True,
 }  # fmt: skip
-REAL = thrust.Box(-2 * np.ones(2), np.ones(2), (2,))
 KINDS = [(thrust.Discrete(3), [3], {}), (MultiDiscrete([3, 2], (2,)), [3, 2], {})]
-KINDS += [(REAL, None, {}), (REAL, None, {"target_kl": 0.004, "max_grad_norm": 0.0})]
+KINDS += [(BOX, None, {}), (BOX, None, {"target_kl": 0.004, "max_grad_norm": 0.0})]
 
 
 @pytest.mark.parametrize(("space", "choices", "limits"), KINDS)
 def test_whole_updates_are_those_of_a_plain_ppo(space, choices, limits, monkeypatch):
     """Three updates at knobs none of which has its default, in float64."""
-    config, orders, ends = thrust.Config(**{**UNUSUAL, **limits}), [], []
+    config, orders, events = thrust.Config(**{**UNUSUAL, **limits}), [], []
     envs = Game(8, space, scale=[1, 100, 0], offset=[0, 50, 0.3], jackpot=1e3)  # cut off at 10
     policy = thrust.ActorCritic(envs.single_observation_space, space, (16,), norm_obs=True)
     learner = thrust.PPO(envs, config, policy.double())
     plain, before = PlainPPO(learner, choices), weights_of(policy)
     r, improve = learner.rollout, learner._improve
+    edges = r.terminated[0], r.terminated[-1], r.truncated[0], r.truncated[-1]  # views
 
     def spy(batch, rate):
         logprob = policy.evaluate(batch.obs, batch.action)[0]
@@ -372,8 +373,8 @@ def test_whole_updates_are_those_of_a_plain_ppo(space, choices, limits, monkeypa
         theirs = weights_of(plain.policy)
         torch.testing.assert_close(weights_of(policy), theirs, atol=2e-6, rtol=0)
         assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-4)
-        ends += [(flag[:-1].any(), flag[-1].any()) for flag in (r.terminated, r.truncated)]
-    assert (weights_of(policy) - before).abs().median() > 0.02 and np.any(ends, 0).all()
+        events.append([x.any() for x in (*edges, r.reward > 99)])
+    assert (weights_of(policy) - before).abs().median() > 0.02 and np.any(events, 0).all()
     assert (plain.gradient_steps < 27) == bool(limits)  # target_kl ended some update early
 
 
@@ -384,7 +385,7 @@ def learner_of(envs=None, policy=None, **knobs):
 
 def test_a_rollout_holds_the_states_reached_and_the_log_the_last_100_episodes_and_the_rate():
     learner, ends = learner_of(thrust.CartPole(8, max_episode_steps=7), gamma=0.9), 0
-    for update in range(1, 8):
+    for update in range(1, 9):
         row, r = learner.update(), learner.rollout
         ended = r.terminated | r.truncated
         assert same(r.next_obs[:-1][~ended[:-1]], r.obs[1:][~ended[:-1]])
@@ -395,11 +396,11 @@ def test_a_rollout_holds_the_states_reached_and_the_log_the_last_100_episodes_an
         # the rate is not yet 0 in the last of six updates, nor below 0 later
         assert row["learning_rate"] == pytest.approx(1e-3 * max(0, 7 - update) / 6, abs=1e-12)
     assert row["mean_return"] == 7 and len(learner.recent) == 100 < ends
-    row = learner_of(num_envs=2, num_steps=2, total_steps=4, anneal=False).update()
+    learner = learner_of(num_envs=2, num_steps=2, total_steps=8, anneal=False)
+    row = [learner.update(), learner.update()][1]
     assert math.isnan(row["mean_return"]) and row["learning_rate"] == 1e-3
-    # FAILS NOW: where all returns are equal, it is -inf, as a variance is divided by 0
-    row = learner_of(norm_reward=False, gamma=0.0).update()
-    assert math.isnan(row["explained_variance"])
+    row = learner_of(norm_reward=False, gamma=0.0).update()  # all returns are equal
+    assert math.isnan(row["explained_variance"])  # FAILS NOW: it is -inf
 
 
 PLACES = [(name, x) for name in ("obs", "last obs") for x in (math.nan, math.inf)]
@@ -418,7 +419,8 @@ def test_nan_and_infinity_raise_before_anything_has_learned_from_them(name, valu
     def broken(actions):
         results = step(actions)
         if next(times) == (16 if name == "last obs" else 5):
-            results[name == "reward"][:] = value
+            rows = results[2] | (name != "last obs")  # or in the first of a new game alone
+            results[name == "reward"][rows] = value
         return results
 
     learner.envs.step = broken
@@ -458,6 +460,7 @@ def test_weights_follow_from_the_seed_whatever_others_draw_or_train_or_leave_in_
     for learner.updates in range(100):
         learner.begin_episodes()
         seeds += [learner.envs.seed, learner.generator.bit_generator.state["state"]["state"]]
+        assert learner.generator.random() != default_rng(learner.envs.seed).random()
     # 31 bits, as some environments take no more; no purpose or update shares one
     assert max(seeds[:400] + seeds[400::2]) < 2**31 - 10**6 and len(set(seeds)) == 600
 
@@ -499,14 +502,13 @@ def test_what_is_changed_before_ppo_is_trained_and_later_too_or_refused_if_repla
             learners.pop().update()
     for learner in learners:
         assert trains(learner) and learner.adam.m.dtype == weights_of(learner.policy).dtype
-    if deed == "prune":  # what was cut off stays 0
-        assert torch.equal(first.critic[2].weight != 0, first.critic[2].weight_mask.bool())
 
 
 def test_dropout_and_batch_norm_are_in_train_mode_in_gradient_steps_alone():
     policy, calls, layers = make_policy(), [], (nn.BatchNorm1d(8), nn.Dropout())
     policy.actor = nn.Sequential(nn.Linear(4, 8), *layers, nn.Linear(8, 2))
     learner = learner_of(policy=policy)
+    learner.update()
     for layer in layers:
         layer.register_forward_hook(lambda m, x, y: calls.append((m.training, len(x[0]))))
     assert trains(learner)
@@ -560,8 +562,7 @@ def test_all_of_gymnasiums_kinds_of_action_are_drawn_and_trained_also_of_a_subcl
             thrust.ActorCritic(*unknown)
 
 
-# FAILS NOW: a warning, as -inf + inf is NaN
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error")  # FAILS NOW: low + high is -inf + inf
 def test_actions_are_in_units_of_the_box_where_it_has_limits_and_raw_where_not():
     low, high = np.array([[-1, 0, -np.inf, 2], [1, 512, np.inf, np.inf]], np.float32)
     policy = make_policy(space=thrust.Box(low, high, (4,)))
@@ -576,8 +577,7 @@ def test_actions_are_in_units_of_the_box_where_it_has_limits_and_raw_where_not()
 
 
 class Single:
-    """One environment, as Gymnasium has them; a game is three steps. It shows the step and the
-    number of the game, in float64 though its space is float32, and always in the same array."""
+    """As Gymnasium has them. It shows step and game, in float64 and always the same array."""
 
     observation_space, action_space = thrust.Box(np.zeros(2), np.ones(2), (2,)), TWO
 
@@ -634,8 +634,9 @@ def test_environments_are_part_2s_a_modules_or_gymnasiums_or_given(capsys):
     gym.register("Text-v0", lambda: wrap(gym.make("CartPole-v1"), lambda obs: {"a": "x"}, text))
     envs = thrust.make_env(f"{__name__}:Both-v0", 3)  # of a module that has no such name
     assert envs.reset()[0].tolist() == [[1, 1, 1, 0, 0, 1, 0]] * 3
-    # FAILS NOW: the line is printed for each of the three environments
-    assert capsys.readouterr().err.count("observations of ") == 1
+    assert (
+        capsys.readouterr().err.count("observations of ") == 1
+    )  # FAILS NOW: it is told 3 times
     # FAILS NOW: text is taken, as if its letters' numbers were quantities
     with pytest.raises(ValueError, match=" must be one of Box, Discrete"):
         learner_of(thrust.make_env("Text-v0", 8))

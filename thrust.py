@@ -12,7 +12,7 @@ the way of playing has changed.
 
 This is not a framework: no recurrent networks, replay memory, self-play, hyperparameter sweeps,
 callbacks or plugins. It needs NumPy and PyTorch; Gymnasium, if it is there, has more games.
-"Needs", at the head of a part, lists the imports and the other parts that a copy of it needs.
+"Needs", at the head of parts 1 to 7, lists the imports and other parts that a copy needs.
 
     python thrust.py                     train on CartPole, to 500 of 500 points in seconds
     python thrust.py --env Acrobot-v1    train on another environment, here Gymnasium's
@@ -30,18 +30,18 @@ PPO in six steps (words and letters below). `PPO.update`, in part 5, has the sam
     5. Measure.    How well did the policy play, and was the update healthy?
     6. Repeat.     The data is thrown away: the policy that played it no longer exists.
 
-Words. An *environment* is a game. What the player sees of its *state* s is an *observation*, or
+Words. An *environment* is what is played. What is seen of its *state* s is an *observation*, or
 obs; what it does is an *action* a; what it is paid for one step is a *reward* r. These, and the
 observation that follows, make one *transition*. An *episode* is one game from start to end; a
-*rollout* is T steps of N games, wherever those begin or end. The *policy* π(a|s) gives each
+*rollout* is T steps of all N, wherever games begin or end. The *policy* π(a|s) gives each
 action a probability, and the player draws from those. The *return* is the sum of an episode's
 rewards; the *value* of a state is the sum of rewards that the policy can expect from there,
 later ones counting less; the *advantage* of an action is how much more than that it brings. An
 *epoch* is one pass over a rollout, in pieces called *minibatches*.
 
     N  environments played side by side         γ  discount: a reward k steps away counts γᵏ
-    T  steps of each of them in a rollout       λ  near 1, advantages trust rewards seen, near
-    B  = T·N, the transitions in a rollout         0 those that are expected (part 4)
+    T  steps of each of them in a rollout       λ  1: advantages trust rewards seen,
+    B  = T·N, the transitions in a rollout         0: those that are expected (part 4)
     M  transitions in a minibatch               ε  how far a probability is pushed (part 5)
     V, Â  estimated value and advantage         δ  one step's surprise (part 4)
 """
@@ -62,12 +62,12 @@ from torch import nn
 # ==============================================================================================
 # Needs: import dataclasses, math, numpy as np; from typing import Any
 # Every number that a user may want to change stands here once: its default, the text that
-# --help prints, the lowest and the highest value. CARTPOLE, below, overrides some of them for
-# that game: it is so small that large minibatches and a large, falling learning rate work best.
+# --help prints, the lowest and the highest value. CARTPOLE, below, has the command line's for
+# that game: it is so small that large minibatches and a large learning rate work best.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
-    """A field of Config. Numbers, which have a `low`, must be from that to `high`."""
+    """A field of Config. A number is of the type of `low`, and from that to `high`."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
@@ -90,8 +90,8 @@ class Config:
     ent_coef: float = knob(0.0, "weight of entropy: a reward for being undecided", 0.0, 1e30)
     vf_coef: float = knob(0.5, "weight of the critic's squared error", 0.0, 1e30)
     max_grad_norm: float = knob(0.5, "longer gradients are shrunk to this; 0: none is", 0.0)
-    target_kl: float = knob(0.0, "end an update once the KL is above this; 0: never", 0.0)
-    norm_obs: bool = knob(True, "shift and scale Box observations to mean 0, deviation 1")
+    target_kl: float = knob(0.0, "end an update if KL (part 5) is above this; 0: never", 0.0)
+    norm_obs: bool = knob(True, "scale Box observations to mean 0 and standard deviation 1")
     norm_reward: bool = knob(True, "divide rewards by the deviation of their discounted sums")
     hidden: tuple = knob((64, 64), "widths of each network's hidden layers", 1, 10**5)
     device: str = knob("cpu", "where the networks learn: cpu or cuda")
@@ -152,7 +152,7 @@ CARTPOLE = {
 #
 # Both flags belong to the step that ended the episode, not to the one after. The environment
 # itself begins the next game, within that same step (Gymnasium's name for it is SAME_STEP), so
-# no row is ever idle: `obs` is then the first observation of the next game, and the last
+# no environment is idle: `obs` is then the first observation of the next game, and the last
 # one of the game that ended is in `info["final_obs"]`, in the same row. Gymnasium is the
 # library in which most environments are published; its CartPole and this one agree bit for bit.
 
@@ -171,7 +171,7 @@ class CartPole:
     equations are Barto, Sutton and Anderson's (1983), without friction, as corrected by Florian
     (2007); the order of operations is Gymnasium's, as another would round differently."""
 
-    # 0-d arrays: to convert Python's numbers would take a quarter of a step's time at N = 64
+    # 0-d arrays: converting Python's numbers would take a quarter of a step's time at N = 64
     GRAVITY, TAU = np.array(9.8), np.array(0.02)  # m/s²; s from one step to the next
     POLE_MASS, TOTAL_MASS = np.array(0.1), np.array(0.1 + 1.0)  # kg; the latter with the cart
     HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
@@ -181,12 +181,12 @@ class CartPole:
     X_LIMIT, ANGLE_LIMIT = np.array(2.4), np.array(12 * 2 * math.pi / 360)  # m, rad
     ONE, BLOCK = np.array(1), 128  # one step; how many start states are drawn in one call
 
-    metadata = {"autoreset_mode": "SameStep"}
+    metadata = {"autoreset_mode": "SameStep"}  # the value of SAME_STEP
 
     def __init__(self, num_envs: int, max_episode_steps: int = 500):
         self.num_envs, self.max_episode_steps = num_envs, np.array(max_episode_steps)
         high = np.array([2 * self.X_LIMIT, np.inf, 2 * self.ANGLE_LIMIT, np.inf], np.float32)
-        self.single_observation_space = Box(-high, high, high.shape)
+        self.single_observation_space = Box(-high, high, high.shape)  # twice, as Gymnasium's
         self.single_action_space = Discrete(2)
         self._state = np.zeros((4, num_envs))  # rows: x, ẋ, θ, θ̇
         self._reward = np.ones(num_envs)
@@ -250,7 +250,7 @@ class CartPole:
         """Goes on from what `state` returned, in this or in another CartPole of N poles."""
         self._state.T[:], self._steps[:] = state["state"], state["steps"]
         self._episodes[:], self._seeds[:] = state["episodes"], state["seeds"]
-        drawn = self._episodes // self.BLOCK * self.BLOCK * 4  # numbers, in earlier blocks
+        drawn = self._episodes // self.BLOCK * self.BLOCK * 4  # random numbers used before
         pairs = zip(self._seeds.tolist(), drawn.tolist())
         bits = [np.random.PCG64(seed).advance(count) for seed, count in pairs]
         self._generators = [np.random.Generator(each) for each in bits]
@@ -303,13 +303,13 @@ def mlp(sizes, gain):
 
 
 class Choice(nn.Module):
-    """How actions that are one among n are drawn and judged. (Part 6 has other kinds.)"""
+    """How one action among n is drawn, and its probability found. (Part 6 has other kinds.)"""
 
     def __init__(self, space):
         super().__init__()
         self.space, self.num_outputs = space, int(space.n)
 
-    def draw(self, logits, greedy, generator):  # NumPy's (k, n) → int64 (k,), counted from 0
+    def draw(self, logits, greedy, generator):  # NumPy's, (k rows, n) → int64 (k,), from 0
         # Gumbel-max: argmax(logit + Gumbel noise) is a draw from softmax(logits)
         noise = 0 if greedy else generator.gumbel(size=logits.shape)
         return (logits + noise).argmax(-1)
@@ -359,8 +359,8 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def act(self, obs, *, greedy=False, generator=None) -> np.ndarray:
-        """Draws an action for each observation, (k, *action shape), for `to_env`, with a NumPy
-        generator (None: a new, unseeded one), or, if greedy, takes the most probable."""
+        """An action for each observation, (k, *action shape), for `to_env`: the most probable
+        if greedy, else drawn with a NumPy generator (None: a new, unseeded one)."""
         generator = generator or (None if greedy else np.random.default_rng())
         return self.actions.draw(self.actor(self.encode(obs)).cpu().numpy(), greedy, generator)
 
@@ -383,7 +383,7 @@ class ActorCritic(nn.Module):
 # ==============================================================================================
 # Needs: import numpy as np, torch; from typing import NamedTuple
 # T steps of N environments. A transition keeps the observation that its action was chosen from,
-# and the one that it led to. One environment, with states s, and z in the next game:
+# and the one that it led to. One environment; s is what is seen of a state, z in the next game:
 #
 #                  t = 0    1    2    3    4
 #     obs             s0   s1   s2   z0   z1      (T, N, *observation shape)
@@ -419,7 +419,7 @@ class ActorCritic(nn.Module):
 # the observation to tell when (arXiv:1712.00378).
 #
 # V + Â, what was expected plus how much better it went, is the critic's target. It is called
-# "returns", but discounted and partly bootstrapped, as an episode's return is not.
+# "returns", but unlike an episode's return it is discounted and partly bootstrapped.
 
 
 def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
@@ -427,7 +427,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam):
     returns). All arrays are NumPy's, (T, N): faster here than torch's.
 
     values, next_values    V(s_t) and V(s'_t), the latter without effect where terminated
-    terminated, truncated  bool: step t ended the game, or it was cut off then, or both
+    terminated, truncated  bool: step t ended the game; it was cut off then (or both)
 
     Three steps of one environment, γ = λ = ½, the last one a termination, so that the 9.0 has
     no effect; δ = (0, 0, -1):
@@ -459,7 +459,7 @@ class Batch(NamedTuple):
 
 
 class Rollout:
-    """One rollout, until the next overwrites it. `action` is a sample, for shape and dtype."""
+    """One rollout, until the next overwrites it. `action`: any N, for shape and dtype."""
 
     def __init__(self, num_steps: int, envs, action: np.ndarray):
         shape, space = (num_steps, envs.num_envs), envs.single_observation_space
@@ -474,11 +474,11 @@ class Rollout:
 # ==============================================================================================
 # Needs: import math, time; from collections import deque; parts 1, 3, 4, 6
 # The policy gradient in one sentence: change the weights so that the log-probability of each
-# action taken rises in proportion to its advantage. Why? Hold Â fixed, and change π. The mean
-# advantage of what is done in a state is Σ π·Â over its actions. As ∇π = π·∇log π, the gradient
-# of that is Σ π·(Â·∇log π): the mean of Â·∇log π over actions drawn from π. So this is right
-# only for the policy that took the actions, hence for one small gradient step. But data is
-# costly, and PPO wants many gradient steps from the same data. For that it needs two things.
+# action taken rises in proportion to its advantage. Why? Judge a changed π by the old one's Â:
+# it brings Σ π·Â more in a state, a sum over actions. As ∇π = π·∇log π, the gradient of that is
+# Σ π·(Â·∇log π), the mean of Â·∇log π over actions drawn from π. So this is right only for the
+# policy that took the actions, hence for one small gradient step. But data is costly, and PPO
+# wants many gradient steps from the same data. For that it needs two things.
 #
 # A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
 # action is weighted by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
@@ -493,9 +493,9 @@ class Rollout:
 # probable, although at that distance from the data the estimate is worth nothing. So the ratio
 # is held constant outside 1 ± ε, and a constant has no gradient: once an action has gained (or
 # lost) a share ε of its probability, there is nothing more to win from it until fresh data
-# speaks. But steps for the sake of other actions can also carry a ratio out on the wrong side,
-# against its own Â; there the gradient that brings it back must remain. The *smaller* of the
-# unclipped and the clipped term does all of this:
+# speaks. But steps for the sake of other actions can also carry a ratio out of the band the
+# wrong way, against the sign of Â; there the gradient that brings it back must remain. The
+# *smaller* of the unclipped and the clipped term does all of this:
 #
 #                     ratio < 1-ε             within the band        ratio > 1+ε
 #         Â > 0       ratio·Â: pull it back   ratio·Â: push it up    (1+ε)·Â: enough
@@ -503,6 +503,8 @@ class Rollout:
 #
 #     objective =  mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
 #                 - vf_coef · mean( (V - returns)² )  +  ent_coef · mean( entropy )
+#
+# Entropy is how undecided the policy is; a little reward for it keeps the policy trying.
 
 
 def ppo_loss(policy, batch: Batch, config: Config, measure: bool = True):
@@ -512,13 +514,13 @@ def ppo_loss(policy, batch: Batch, config: Config, measure: bool = True):
     shapes = {x.shape for x in (logprob, entropy, value, batch.logprob, batch.advantage)}
     assert shapes == {batch.returns.shape}, f"(M, 1) with (M,) would make (M, M): {shapes}"
     # Mean 0, deviation 1, however large rewards are. A number subtracted from all Â may turn a
-    # sign, but does not move the mean gradient while ratios are 1: in every state, Σ ∇π = 0.
+    # sign, but not the expected gradient while ratios are 1: in every state, Σ ∇π = 0.
     std, mean = torch.std_mean(batch.advantage)
     advantage = (batch.advantage - mean) / (std + 1e-8)
     log_ratio = logprob - batch.logprob
     ratio = log_ratio.exp()  # π(a|s) / π_old(a|s)
-    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ). Only one edge of the clip can make the
-    # second the smaller, that of the table's "enough": (1+ε)·Â if Â > 0, (1-ε)·Â if Â < 0.
+    # mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) ). Only one edge of the clip can be the
+    # smaller term, the table's "enough": (1+ε)·Â if Â > 0, (1-ε)·Â if Â < 0.
     enough = advantage + config.clip * advantage.abs()
     surrogate = torch.min(ratio * advantage, enough).mean()
     value_loss = (value - batch.returns).square().mean()
@@ -536,14 +538,14 @@ def ppo_loss(policy, batch: Batch, config: Config, measure: bool = True):
             "policy_loss": -surrogate.detach(),  # near 0: advantages have mean 0
             "value_loss": value_loss.detach(),  # may rise while returns still grow
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # while it learns, 0.001 to 0.03
-            "clip_fraction": ((ratio - 1).abs() > config.clip).float().mean(),  # 0.01 to 0.3
+            "clip_fraction": ((ratio - 1).abs() > config.clip).float().mean(),  # outside
         }
 
 
 class Adam:
     """Adam (arXiv:1412.6980) steps against m, a running mean of the gradients g, divided by the
     root of v, a running mean of g²: so all weights move about equally fast. Long gradients are
-    shrunk first, as one huge g² would keep v large, and steps tiny, for long. All of g is one
+    shrunk first, as one huge g² would keep v large, and steps tiny, for long. Here, all are one
     vector. (torch.optim.Adam would import torch's compiler, which takes a second or so.)"""
 
     def __init__(self, parameters, average=None):
@@ -554,8 +556,8 @@ class Adam:
 
     @torch.no_grad()
     def step(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Shrinks the gradient to the length `max_grad_norm` unless that is 0, steps, and gives
-        the length before. If that is NaN or infinite, RuntimeError, and no weight moves."""
+        """Shrinks a gradient longer than `max_grad_norm`, unless that is 0, steps, and returns
+        its length before. If that is NaN or infinite, RuntimeError, and no weight moves."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         g = self.average(torch.cat([grad.reshape(-1) for grad in grads]))
         norm = torch.linalg.vector_norm(g).item()
@@ -583,7 +585,7 @@ class PPO:
 
     envs     a vector environment in SAME_STEP mode, which nobody else steps from now on
     policy   a module with `act`, `evaluate`, `value` and `to_env`; None: an ActorCritic
-    average  replaces a tensor by its mean over all processes that train together (part 8)
+    average  returns a tensor's mean over all processes that train together (part 8)
 
     RuntimeError for NaN, infinity, and parameters that were replaced after this was made."""
 
@@ -604,7 +606,7 @@ class PPO:
         self.rollout = Rollout(config.num_steps, envs, policy.act(self.obs, greedy=True))
 
     def begin_episodes(self):
-        """Begins new episodes and new draws, at first and to resume, seeded for this update."""
+        """Begins new episodes and a new generator, seeded by the number of this update."""
         draws, games = (derive_seed(self.config.seed, i, self.updates) for i in (1, 2))
         self.generator, self.obs = np.random.default_rng(draws), self.envs.reset(seed=games)[0]
         self.running = np.zeros((2, self.config.num_envs))  # return, length of those episodes
@@ -617,13 +619,13 @@ class PPO:
         self.policy.eval()
         self._collect()  # 1. Collect.
         batch, entropy = self._advantages()  # 2. Value. 3. Advantage.
-        left = max(0.0, 1 - self.steps / config.total_steps)  # the share still to be played
+        left = max(0.0, 1 - self.steps / config.total_steps)  # the share not yet learned from
         rate = config.learning_rate * (left if config.anneal else 1.0)
-        self.policy.train()
+        self.policy.train()  # this matters only for networks with dropout and the like
         measured = self._improve(batch, rate)  # 4. Improve.
         self.policy.eval()
         encoder: Any = getattr(self.policy, "encoder", None)
-        if hasattr(encoder, "measure"):  # part 6's, whose scale changes only between updates
+        if hasattr(encoder, "measure"):  # part 6's: its scale changes only between updates
             encoder.measure(batch.obs, self.adam.average)
         self.steps += config.batch_size
         self.updates += 1
@@ -638,7 +640,7 @@ class PPO:
             "mean_length": mean_length,  # of the same, in steps
             **means,
             "entropy": entropy,  # of the policy that played
-            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0: as good as a mean
+            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0: as a constant
             "learning_rate": rate,
             "gradient_steps": self.adam.steps,  # so far
             "steps_per_second": config.batch_size / (time.perf_counter() - began),
@@ -652,7 +654,7 @@ class PPO:
             rollout.action[t] = policy.act(rollout.obs[t], generator=self.generator)
             results = self.envs.step(policy.to_env(rollout.action[t]))
             reached, flags = rollout.next_obs[t], (rollout.terminated[t], rollout.truncated[t])
-            ended = put_step(results, reached, reached, rollout.reward[t], *flags)  # its rows
+            ended = put_step(results, reached, reached, rollout.reward[t], *flags)  # rows
             self.obs = results[0]  # of the next episode, where one ended
             self.running[0] += rollout.reward[t]
             self.running[1] += 1
@@ -665,7 +667,7 @@ class PPO:
 
     @torch.no_grad()
     def _advantages(self):
-        """Of the rollout: the loss's batch, (B, ...), and the mean entropy."""
+        """The rollout as a Batch of B transitions, and the mean entropy of the policy."""
         r, config, reward = self.rollout, self.config, self.rollout.reward
         arrays = r.obs, r.action
         obs, action = (torch.from_numpy(x).flatten(0, 1).to(config.device) for x in arrays)
@@ -688,7 +690,7 @@ class PPO:
         measured: list[dict] = []
         for epoch in range(config.epochs):
             measure = epoch == config.epochs - 1 or config.target_kl > 0
-            # Almost equal pieces: as M ≥ 3, none is a single transition, without deviation.
+            # Almost equal pieces: as M ≥ 3, none has just one transition, and no deviation.
             order = torch.from_numpy(self.generator.permutation(size)).to(config.device)
             for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
                 whole = len(rows) == size  # then the order does not matter
@@ -718,7 +720,7 @@ class PPO:
 # ==============================================================================================
 # Needs: import math, numpy as np, torch; from torch import nn; parts 2, 3
 #
-# CartPole is kind to a network: it shows four numbers of size 1, asks for one of two actions,
+# CartPole is kind to a network: it shows four small numbers, asks for one of two actions,
 # and pays 1. This part is for environments that are not so kind.
 
 # What only parts 6 to 10 import stands here: above, NumPy and torch are enough.
@@ -758,7 +760,7 @@ def put(target: np.ndarray, value, name: str):
 
 def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
     """Copies what an environment's `step` returned into these arrays; returns the rows where an
-    episode ended. There final_obs, which may be obs again, gets the last observation."""
+    episode ended. In these, final_obs (it may be obs) gets the last observation."""
     put(obs, results[0], "obs")
     put(reward, results[1], "reward")
     put(terminated, results[2], "terminated")
@@ -922,7 +924,7 @@ def by_kind(space, makers: dict) -> nn.Module:
 
 class GymEnvs:
     """N of Gymnasium's environments, stepped one by one; `make()` makes one. Environment i is
-    seeded seed + i, then anew for each episode: some draw from what only a seed resets."""
+    seeded seed + i, and again for each episode: some have draws that only a seed resets."""
 
     metadata = {"autoreset_mode": "SameStep"}
 
@@ -1013,7 +1015,7 @@ def make_env(name: str, num_envs: int):
 #       │ shared memory:  action | obs | final_obs | reward | terminated | truncated   │
 #       └──────────────────────────────────────────────────────────────────────────────┘
 #
-# A step sends nothing. `go` and `done` are semaphores, a pair for each worker: between `done`
+# A step uses no pipe. `go` and `done` are semaphores, a pair for each worker: between `done`
 # and `go` the learner writes into the memory, between `go` and `done` the worker, in its rows.
 # Whoever waits polls for a short while, because being woken takes as long as stepping a hundred
 # CartPoles, and then sleeps, to leave the core to others. Resets and states are rare, and take
@@ -1128,7 +1130,7 @@ class EnvPool(contextlib.AbstractContextManager):
         self.single_observation_space, self.single_action_space = obs, action
         self.num_envs, self.timeout, self._workers = num_envs, timeout, []
         context = mp.get_context(start_method or ("spawn" if os.name == "nt" else "forkserver"))
-        context.set_forkserver_preload(["numpy", "torch"])  # it forks where these are imported
+        context.set_forkserver_preload(["numpy", "torch"])  # workers fork from one with these
         # Shared: one record, whose fields are the arrays; the last two are the flags
         rows = action, obs, obs, np.float64(), np.bool_(), np.bool_()
         layout = np.dtype([("", row.dtype, (num_envs, *row.shape)) for row in rows], align=True)
@@ -1220,12 +1222,12 @@ class EnvPool(contextlib.AbstractContextManager):
 # lose. A run is a folder with a log, a row for every update; a checkpoint; and a page (part
 # 10). The checkpoint holds all that the future depends on. It is written before the first
 # update, every few seconds, and after the last, and takes the old one's place in one step. So
-# Ctrl-C, a kill and a power cut are one case: what was played since then is played again, bit
-# for bit. (If the environments have `state`, as CartPole has. Others begin new episodes.)
+# Ctrl-C, a kill and a power cut are one case: what came after it is played again, bit for bit.
+# (If the environments have `state`, as CartPole has. Others begin new episodes.)
 #
-# The same config gives the same weights, bit for bit, on the same machine, package versions and
-# number of threads, with any number of workers, because every seed is derived from config.seed.
-# (If environments draw from generators that `reset` seeds; and for one rank, below.)
+# The same config, whatever its workers, gives the same weights, bit for bit, with the same
+# machine and package versions, because every seed is derived from config.seed. (That is so with
+# one rank, and environments that draw from generators which `reset` seeds.)
 #
 # Several processes, called ranks, can train one policy together; torchrun starts them. Each
 # plays environments of its own, with seeds of its own, and before every gradient step all take
@@ -1247,7 +1249,7 @@ def make_envs(config: Config):
 
 
 def evaluate(policy, envs, seed: int, episodes: int = 1, limit: int = 10_000):
-    """Plays whole episodes, so many in each of N environments, always taking the most probable
+    """Plays `episodes` whole episodes in each of N environments, always with the most probable
     action: (returns float64, finished bool), (episodes, N) each. What has not ended after
     `limit` steps counts with what it had collected. (Not on the environments of a learner that
     is to go on: it would not notice that they have moved.)"""
@@ -1260,7 +1262,7 @@ def evaluate(policy, envs, seed: int, episodes: int = 1, limit: int = 10_000):
         for _ in range(limit):
             actions = policy.to_env(policy.act(obs, greedy=True))
             obs, reward, terminated, truncated, _ = envs.step(actions)
-            returns[i] += np.where(finished[i], 0, reward)  # first episodes
+            returns[i] += np.where(finished[i], 0, reward)  # first ones only
             finished[i] |= np.logical_or(terminated, truncated)
             if finished[i].all():
                 break
@@ -1306,7 +1308,7 @@ def restore(learner: PPO, state: dict, exactly: bool):
     learner.recent.extend(state["recent"].tolist())
     exactly = exactly and bool(state["envs"])
     if learner.scale_rewards:
-        state["scale"]["sums"] *= exactly  # of the running episodes
+        state["scale"]["sums"] *= exactly  # 0 for new episodes
         learner.scale_rewards.load_state_dict(state["scale"])
     learner.begin_episodes()
     if exactly:
@@ -1396,7 +1398,7 @@ class Run:
         while self.bars and row["episodes"] >= 100 and mean >= self.bars[0]:
             at = f"mean return of 100 episodes, {self.steps:,} steps, {self.seconds:.1f} s"
             say(f"passed {self.bars.pop(0)}: {at}")
-        if self.pole and 7 * self.steps >= len(self.snapshots) * self.total:
+        if self.pole and 7 * self.steps >= len(self.snapshots) * self.total:  # 8 in all
             policy = {k: x.clone() for k, x in self.learner.policy.state_dict().items()}
             self.snapshots.append([self.steps, policy])
         if now - self.saved_at >= self.config.checkpoint_seconds or self.steps >= self.total:
@@ -1448,7 +1450,7 @@ def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def row_of_all(row: dict, ranks: int) -> dict:
-    """The log's row of all ranks: their mean, or their sum for what each counts for itself."""
+    """The log's row of all ranks: their mean, or the sum of what each rank counts alone."""
     sums = "steps", "episodes", "steps_per_second"
     means = mean_over_ranks(torch.tensor(list(row.values()), dtype=torch.float64)).tolist()
     both = [(name, x * ranks if name in sums else x) for name, x in zip(row, means)]
@@ -1462,7 +1464,7 @@ Result = namedtuple("Result", "policy returns run")
 def load_to_resume(run, config: Config) -> dict:
     """What was saved of `run`. ValueError if it cannot go on with this config."""
     old, saved = load_checkpoint(run)
-    for name in (*KEPT, "gamma") if config.norm_reward else KEPT:
+    for name in (*KEPT, "gamma") if config.norm_reward else KEPT:  # its sums depend on gamma
         before, now = getattr(old, name), getattr(config, name)
         if before != now:
             raise ValueError(f"{run} has {name} = {before}, which cannot become {now}")
