@@ -384,7 +384,9 @@ def learner_of(envs=None, policy=None, **knobs):
 
 
 def test_a_rollout_holds_the_states_reached_and_the_log_the_last_100_episodes_and_the_rate():
-    learner, ends = learner_of(thrust.CartPole(8, max_episode_steps=7), gamma=0.9), 0
+    envs, ends = thrust.CartPole(8, max_episode_steps=7), 0
+    envs._reward *= 3
+    learner = learner_of(envs, gamma=0.9)
     for update in range(1, 9):
         row, r = learner.update(), learner.rollout
         ended = r.terminated | r.truncated
@@ -395,7 +397,7 @@ def test_a_rollout_holds_the_states_reached_and_the_log_the_last_100_episodes_an
         assert (row["steps"], row["episodes"], row["mean_length"]) == (128 * update, ends, 7)
         # the rate is not yet 0 in the last of six updates, nor below 0 later
         assert row["learning_rate"] == pytest.approx(1e-3 * max(0, 7 - update) / 6, abs=1e-12)
-    assert row["mean_return"] == 7 and len(learner.recent) == 100 < ends
+    assert row["mean_return"] == 21 and len(learner.recent) == 100 < ends
     learner = learner_of(num_envs=2, num_steps=2, total_steps=8, anneal=False)
     row = [learner.update(), learner.update()][1]
     assert math.isnan(row["mean_return"]) and row["learning_rate"] == 1e-3
@@ -507,15 +509,14 @@ def test_what_is_changed_before_ppo_is_trained_and_later_too_or_refused_if_repla
 def test_dropout_and_batch_norm_are_in_train_mode_in_gradient_steps_alone():
     policy, calls, layers = make_policy(), [], (nn.BatchNorm1d(8), nn.Dropout())
     policy.actor = nn.Sequential(nn.Linear(4, 8), *layers, nn.Linear(8, 2))
-    learner = learner_of(policy=policy)
-    learner.update()
     for layer in layers:
         layer.register_forward_hook(lambda m, x, y: calls.append((m.training, len(x[0]))))
-    assert trains(learner)
+    learner = learner_of(policy=policy)
+    assert trains(learner) and trains(learner)
     thrust.evaluate(policy, thrust.CartPole(3), seed=0, limit=1)
-    # 16 steps, the whole rollout at once, 8 gradient steps, and the evaluation; of two layers
-    steps = [(False, 8)] * 16 + [(False, 128)] + [(True, 64)] * 8 + [(False, 3)]
-    assert calls == [step for step in steps for _ in layers]
+    # an update: 16 steps, the whole rollout at once, and 8 gradient steps
+    update = [(False, 8)] * 16 + [(False, 128)] + [(True, 64)] * 8
+    assert calls[::2] == calls[1::2] == [(False, 8), *update, *update, (False, 3)]
 
 
 # == 6. Other games ============================================================================
@@ -604,7 +605,7 @@ def test_every_game_of_environments_one_by_one_is_seeded_and_its_end_is_copied()
         for _ in range(4):
             obs, reward, terminated, _, info = envs.step(np.array([0, 1]))
             seen += [obs, info["final_obs"]]
-            assert reward.tolist() == [0, 1] and terminated[0] == (seen[-1][0, 0] == 3)
+            assert same(reward, np.array([0.0, 1.0])) and terminated[0] == (seen[-1][0, 0] == 3)
     envs.reset()
     envs.close()
     (first, *obs), final_obs = [seen[9], *seen[10::2]], seen[11::2]  # of the second time

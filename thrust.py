@@ -192,7 +192,7 @@ class CartPole:
         self._reward = np.ones(num_envs)
         # Steps of the running episodes, episodes begun, and seeds
         self._steps, self._episodes, self._seeds = np.zeros((3, num_envs), np.int64)
-        self._starts = np.zeros((num_envs, self.BLOCK, 4))  # start states drawn in advance
+        self._starts = np.zeros((num_envs * self.BLOCK, 4))  # drawn in advance, in blocks
         self.reset(seed=int(np.random.SeedSequence().generate_state(1)[0]))  # unpredictable
 
     def reset(self, *, seed: int | None = None, options: None = None):
@@ -264,13 +264,14 @@ class CartPole:
         place = episodes % self.BLOCK
         if np.count_nonzero(place) < len(place):  # some block is used up
             self._draw_starts(rows[place == 0])
-        self._state.T[rows] = self._starts[rows, place]
-        self._episodes[rows], self._steps[rows] = episodes + 1, 0
+        self._state.T[rows] = self._starts.take(rows * self.BLOCK + place, axis=0)
+        self._episodes[rows], self._steps[rows] = episodes + self.ONE, 0
 
     def _draw_starts(self, rows):
         """The start states of the next episodes. (128 take twice as long as one.)"""
         for i in rows:
-            self._starts[i] = self._generators[i].uniform(-0.05, 0.05, (self.BLOCK, 4))
+            starts = self._generators[i].uniform(-0.05, 0.05, (self.BLOCK, 4))
+            self._starts[i * self.BLOCK : (i + 1) * self.BLOCK] = starts
 
 
 # ==============================================================================================
