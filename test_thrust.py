@@ -519,6 +519,134 @@ def test_dropout_and_batch_norm_are_in_train_mode_in_gradient_steps_alone():
     assert calls[::2] == calls[1::2] == [(False, 8), *update, *update, (False, 3)]
 
 
+def torchrls(rewards, values, next_values, terminated, truncated, gamma, lam):
+    functional = oracle("torchrl.objectives.value.functional")
+    arrays = values, next_values, rewards, terminated | truncated, terminated
+    tensors = [torch.from_numpy(a.T.copy())[..., None] for a in arrays]  # (N, T, 1)
+    theirs = functional.generalized_advantage_estimate(gamma, lam, *tensors)
+    return theirs[0][..., 0].numpy().T
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.8), (1.0, 1.0), (0.99, 0.0), (0.0, 0.5)])
+@pytest.mark.parametrize("theirs", [gae_by_definition, torchrls])
+def test_gae_is_its_definition_and_torchrls(theirs, gamma, lam):
+    numbers = rewards, values, next_values = default_rng(3).normal(size=(3, 6, 100))
+    flags = terminated, _ = default_rng(4).random((2, 6, 100)) < 0.4  # so that all cases occur
+    expected = theirs(*numbers, *flags, gamma, lam)
+    next_values[terminated] = np.nan  # are not read
+    advantages, returns = thrust.gae(*numbers, *flags, gamma, lam)
+    # float64, numbers of size 1: their last bit is 2**-52. Torchrl's are float32 in parts.
+    atol = 1e-12 if theirs is gae_by_definition else 2e-6
+    np.testing.assert_allclose(advantages, expected, atol=atol)
+    np.testing.assert_allclose(returns, expected + values, atol=atol)
+
+
+def test_a_whole_update_is_stable_baselines3s_with_its_own_gae():
+    """Two epochs over one batch; in the second, most of the ratios are beyond the band."""
+    sb3 = oracle("stable_baselines3")
+    knobs = {"learning_rate": 1e-2, "ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5}
+    sizes = {"n_steps": 16, "batch_size": 128, "n_epochs": 2, "clip_range": 0.02, "seed": 0}
+    vector = sb3.common.env_util.make_vec_env("CartPole-v1", 8)
+    theirs = sb3.PPO("MlpPolicy", vector, device="cpu", **sizes, **knobs)
+    knobs |= {"minibatch_size": 128, "epochs": 2, "clip": 0.02, "norm_obs": False}
+    learner = learner_of(thrust.CartPole(8, 12), **knobs, norm_reward=False)
+    actor, critic, r = learner.policy.actor, learner.policy.critic, learner.rollout
+    layers = nn.ModuleList([actor[:4], critic[:4], actor[4], critic[4]])  # in their order
+    for mine, other in zip(layers.parameters(), theirs.policy.parameters()):
+        other.data.copy_(mine.data)
+    old, buffer = copy.deepcopy(learner.policy), theirs.rollout_buffer
+    assert learner.update()["clip_fraction"] > 0.1 and r.truncated.any()
+    buffer.reset()
+    buffer.observations[:], buffer.actions[..., 0] = r.obs, r.action
+    with torch.no_grad():
+        obs, action = torch.tensor(r.obs).flatten(0, 1), torch.tensor(r.action).flatten()
+        logprob, _, value = (x.view(16, 8).numpy() for x in old.evaluate(obs, action))
+        reached = old.value(r.next_obs.reshape(-1, 4)).view(16, 8)
+    buffer.log_probs[:], buffer.values[:] = logprob, value
+    # Its collector adds γ·V(final_obs) to the reward of a truncated step, and ends there.
+    buffer.rewards[:] = r.reward + 0.99 * reached.numpy() * (r.truncated & ~r.terminated)
+    ended, buffer.full = r.terminated | r.truncated, True
+    buffer.episode_starts[1:] = ended[:-1]
+    buffer.compute_returns_and_advantage(reached[-1], ended[-1])
+    theirs.set_logger(sb3.common.logger.configure(None, []))
+    theirs.train()
+    for mine, other in zip(layers.parameters(), theirs.policy.parameters()):
+        # A step is rate·g/(|g| + 1e-5), g off by 2**-24 or so: by a thousandth of the rate
+        torch.testing.assert_close(mine.data, other.data, atol=1e-5, rtol=0)
+
+
+def test_only_outside_the_band_on_the_winning_side_is_the_gradient_cut():
+    class Fixed:
+        def evaluate(self, obs, action):
+            return logprob, zeros, zeros
+
+    #         inside    gained    lost, each with Â = 1 and with Â = -1
+    ratio, sign = [1.15, 0.9, 1.5, 1.3, 0.7, 0.6], [1.0, -1.0, 1.0, -1.0, 1.0, -1.0]
+    logprob, zeros = torch.tensor(ratio).log().requires_grad_(), torch.zeros(6)
+    batch = thrust.Batch(zeros[:, None], zeros, zeros, torch.tensor(sign), zeros)
+    loss, stats = thrust.ppo_loss(Fixed(), batch, thrust.Config(clip=0.2))
+    loss.backward()
+    assert (logprob.grad != 0).tolist() == [True, True, False, True, True, False]
+    # mean( min( ratio·Â, clip(ratio)·Â ) ), by hand; Â of ±1 in equal number scales by 1/std
+    by_hand = np.mean([1.15, -0.9, 1.2, -1.3, 0.7, -0.8]) / np.std(sign, ddof=1)
+    assert -stats["policy_loss"].item() == pytest.approx(by_hand, abs=1e-6)  # float32
+    with pytest.raises(AssertionError, match="would make"):  # (M, M) of it
+        thrust.ppo_loss(Fixed(), batch._replace(returns=zeros[:, None]), small())
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.0])
+def test_adam_is_torchs_adam_with_its_gradient_clipping(limit):
+    layers = nn.Linear(4, 8), nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    ours = [p for layer in layers for p in layer.double().parameters()]
+    theirs = copy.deepcopy(ours)
+    mine, other = thrust.Adam(ours), torch.optim.Adam(theirs, eps=1e-5)
+    for step in range(1, 21):
+        for p, q in zip(ours[1:], theirs[1:]):  # the first has no gradient
+            p.grad = torch.randn_like(p) * 0.01 * step
+            q.grad = p.grad.clone()
+        before, rate = sum(p.grad.sum() for p in ours[1:]), 1e-2 / step
+        expected = clip_grad_norm_(theirs, limit or math.inf).item()
+        other.param_groups[0]["lr"] = rate
+        other.step()
+        assert mine.step(rate, limit) == pytest.approx(expected, rel=1e-12)  # sums in float64
+        assert before == sum(p.grad.sum() for p in ours[1:])  # gradients are left as they are
+    # Theirs divides by norm + 1e-6; without that, only float64's rounding is left
+    torch.testing.assert_close(ours, theirs, atol=1e-6 if limit else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("size", [512, 128, 100, 9999])
+def test_minibatches_cover_the_rollout_almost_equally_and_begin_at_ratio_1(size, monkeypatch):
+    seen, original = [], thrust.ppo_loss
+
+    def spy(policy, batch, *rest):
+        logprob = policy.evaluate(batch.obs, batch.action)[0].detach()
+        seen.append((batch.advantage, (logprob - batch.logprob).exp()))
+        return original(policy, batch, *rest)
+
+    monkeypatch.setattr(thrust, "ppo_loss", spy)
+    learner = learner_of(num_envs=27, num_steps=19, total_steps=10**4, minibatch_size=size)
+    for _ in range(3):
+        seen.clear()
+        learner.update()
+        advantages, ratios = zip(*seen)
+        # Logits of up to 10 have 2**-21 of rounding; a log-probability sums a few of them.
+        assert abs(ratios[0] - 1).max() < 1e-5 and abs(ratios[-1] - 1).max() > 1e-3
+        lengths = [len(advantage) for advantage in advantages]
+        assert len(seen) == 4 * math.ceil(513 / size) and max(lengths) - min(lengths) <= 1
+        epochs = torch.cat(advantages).view(4, 513)  # all of them, each time in another order
+        assert (epochs.sort(1)[0] == epochs[0].sort()[0]).all() and len(epochs.unique()) > 500
+        assert len(epochs.unique(dim=0)) == (4 if size < 513 else 1)  # one piece: no order
+
+
+def test_a_bandit_is_solved_though_seen_with_an_offset_far_larger_than_its_deviation():
+    knobs = {"num_envs": 64, "num_steps": 8, "total_steps": 512 * 30, "learning_rate": 1e-2}
+    learner = learner_of(
+        Game(64, offset=100_000.004, scale=[1e-3]), **knobs, minibatch_size=128
+    )
+    row = [learner.update() for _ in range(30)][-1]
+    assert row["mean_return"] > 0.9 * row["mean_length"]
+
+
 # == 6. Other games ============================================================================
 
 FITS = [(np.float32, [1.1, 2.0]), (np.float32, [1, 2]), (np.float32, torch.ones(2))]

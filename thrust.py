@@ -66,7 +66,7 @@ from torch import nn
 # that game: it is so small that large minibatches and a large learning rate work best.
 
 
-def knob(default: Any, help: str, low: Any = None, high: float = math.inf) -> Any:
+def knob(default: Any, help: str, low: Any = None, high: float = 1e30) -> Any:
     """A field of Config. A number is of the type of `low`, and from that to `high`."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
@@ -942,7 +942,7 @@ class GymEnvs:
         return self._begin(range(self.num_envs), options), {}
 
     def step(self, actions):
-        results = [env.step(action) for env, action in zip(self.envs, actions)]
+        results = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         reached, reward, *flags, _ = zip(*results)
         obs = final_obs = self._stack(reached)  # a copy: `reset` may write over what it holds
         put(both := np.zeros((2, self.num_envs), bool), flags, "terminated, truncated")
