@@ -212,7 +212,7 @@ def bench_training(args):
 
 
 PARTS = """thrust.PPO.update thrust.PPO._collect thrust.CartPole.step thrust.ActorCritic.act
-thrust.PPO._judge thrust.PPO._improve
+thrust.PPO._advantages thrust.PPO._improve
 thrust.ppo_loss torch.Tensor.backward thrust.Adam.step"""
 
 

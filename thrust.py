@@ -731,6 +731,7 @@ import contextlib
 import csv
 import datetime
 import functools
+import gc
 import hashlib
 import importlib
 import io
@@ -1709,6 +1710,7 @@ def make_page(config: Config, curve: list, policies: list, total: int) -> str:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # or Python would look for garbage in all that was imported, before it ends
     try:
         main()
     except KeyboardInterrupt:
