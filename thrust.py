@@ -1526,7 +1526,7 @@ def train(config: Config, *, resume=None) -> Result:
 
 
 def main(argv=None):
-    """Runs the command line. Every knob of Config is a flag."""
+    """Runs the command line, where every knob of Config is a flag; returns the exit code."""
     sys.path.append(os.getcwd())  # where --env finds modules too
     if hasattr(sys.stdout, "reconfigure"):  # pytest's stdout lacks it
         sys.stdout.reconfigure(errors="replace")  # for consoles without "±"
@@ -1560,11 +1560,15 @@ def main(argv=None):
             raise ValueError(f"workers must be at most num_envs = {config.num_envs}")
     except ValueError as error:
         parser.error(str(error))
-    if evaluated is not None:
-        torch.set_num_threads(config.threads)
-        tell_evaluation(load(evaluated).to(config.device), config)
-    else:
-        train(config, resume=resume)
+    try:
+        if evaluated is not None:
+            torch.set_num_threads(config.threads)
+            tell_evaluation(load(evaluated).to(config.device), config)
+        else:
+            train(config, resume=resume)
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 # ==============================================================================================
@@ -1711,7 +1715,4 @@ def make_page(config: Config, curve: list, policies: list, total: int) -> str:
 
 if __name__ == "__main__":
     gc.freeze()  # or Python would look for garbage in all that was imported, before it ends
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())
