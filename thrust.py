@@ -1054,8 +1054,8 @@ def obey(env, part, obs, method, argument):
         return env.set_state({name: array[part] for name, array in argument.items()})
     if "seed" in argument:
         argument["seed"] = int(argument["seed"]) + part.start
-        for seed in (random.seed, np.random.seed, torch.manual_seed):  # which all code shares,
-            seed(argument["seed"] % 2**32)  # and which would be alike in all workers
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # shared by all code,
+            seed(argument["seed"] % 2**32)  # and else alike in all workers
     return put(obs, env.reset(**argument)[0], "obs")
 
 
@@ -1071,7 +1071,7 @@ def run_worker(w, part: slice, make_env, memory, layout, order, failed, ours, pi
     ours.close()  # the learner's end; or this worker would not notice when that is closed
     action, *results = (array[part] for array in np.frombuffer(memory, layout)[0])
     try:
-        acquire(go, None)
+        acquire(go, None)  # the first: all workers were started
         env = make_env(part.stop - part.start)
         mp.util.Finalize(None, env.close, exitpriority=100)  # whatever ends the worker
         done.release()
@@ -1111,7 +1111,7 @@ class EnvPool(contextlib.AbstractContextManager):
     """N environments, stepped by W worker processes; itself a vector environment.
 
     `make_env(n)` makes a vector environment of n, as CartPole does; environment i is seeded
-    seed + i, so results are the same for any number of workers. They are views into shared
+    seed + i, so results are the same for any number of workers. Arrays are views into shared
     memory, valid until the next step. Workers have `timeout` seconds to answer, and to close.
     They import your program, which therefore needs `if __name__ == "__main__":`, and find
     make_env at the top level of a module; under start_method "fork" neither is needed."""
@@ -1463,9 +1463,8 @@ def row_of_all(row: dict, ranks: int) -> dict:
 Result = namedtuple("Result", "policy returns run")
 
 
-def load_to_resume(run, config: Config) -> dict:
-    """What was saved of `run`. ValueError if it cannot go on with this config."""
-    old, saved = load_checkpoint(run)
+def resumable(run, old: Config, saved: dict, config: Config) -> dict:
+    """`saved`, which was loaded from `run`; ValueError if it cannot go on with this config."""
     for name in (*KEPT, "gamma") if config.norm_reward else KEPT:  # its sums depend on gamma
         before, now = getattr(old, name), getattr(config, name)
         if before != now:
@@ -1477,15 +1476,16 @@ def load_to_resume(run, config: Config) -> dict:
 
 def train(config: Config, *, resume=None) -> Result:
     """Trains as `config` says in a new folder, or goes on with the run in the folder `resume`;
-    then evaluates the policy. Under torchrun, together with other ranks. Sets the number of
-    torch's threads.
+    then evaluates the policy. Under torchrun, together with other ranks. Sets torch's threads.
 
     Raises ValueError for a run that cannot be resumed, or not with this config; RuntimeError
     for NaN or infinity; WorkerError for a failed worker; OSError where a file cannot be
     written. The last checkpoint is then whole."""
     torch.set_num_threads(config.threads)
     with process_group(config.device) as (rank, ranks):
-        saved = load_to_resume(resume, config) if resume and rank == 0 else {}
+        saved = (
+            resumable(resume, *load_checkpoint(resume), config) if resume and not rank else {}
+        )
         own, average = config, None
         if ranks > 1:
             average = mean_over_ranks
@@ -1493,10 +1493,11 @@ def train(config: Config, *, resume=None) -> Result:
             own = dataclasses.replace(config, seed=seed, total_steps=share)
         with contextlib.closing(make_envs(own)) as envs:
             learner = PPO(envs, own, average=average)
-            state = [saved.get("learner", learner_state(learner)), saved.get("steps", 0)]
+            state = [saved.get("learner"), saved.get("steps", 0)]
             if ranks > 1:  # all begin with rank 0's
+                state[0] = state[0] or learner_state(learner)
                 torch.distributed.broadcast_object_list(state)
-            if saved or ranks > 1:
+            if state[0]:
                 restore(learner, state[0], exactly=ranks == 1)
                 learner.steps = state[1] // ranks  # the number of ranks may have changed
             updates = (own.total_steps - learner.steps) // own.batch_size  # to go
@@ -1553,9 +1554,10 @@ def main(argv=None):
             config = Config(**({**CARTPOLE, **knobs} if pole else knobs))
         else:
             run = evaluated if resume is None else resume
-            config = dataclasses.replace(load_checkpoint(run)[0], **knobs)
+            old, saved = load_checkpoint(run)
+            config = dataclasses.replace(old, **knobs)
             if resume is not None:
-                load_to_resume(resume, config)  # to refuse what cannot be changed
+                resumable(run, old, saved, config)
         if config.workers > config.num_envs:
             raise ValueError(f"workers must be at most num_envs = {config.num_envs}")
     except ValueError as error:
