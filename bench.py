@@ -4,8 +4,9 @@
 # ///
 """Measures thrust.py beside whichever of its peers are installed; asserts nothing.
 
-    pip install gymnasium stable-baselines3 sbx-rl    peers, each optional
-    python bench.py                      every section
+    pip install "gymnasium[box2d,mujoco]" stable-baselines3 sbx-rl    peers, each optional
+    python bench.py                      every section (learning takes hours)
+    python bench.py --only learning --quick    one seed of the cheap environments
     python bench.py --quick              the same, with fewer rounds
     python bench.py --only pool solve    these sections
     python bench.py --other OLD.py       beside another version of thrust.py
@@ -26,6 +27,7 @@ import tempfile
 import time
 from functools import partial
 from importlib import import_module, metadata, util
+from multiprocessing.pool import ThreadPool
 from unittest import mock
 
 import numpy as np
@@ -36,18 +38,39 @@ import thrust
 gym = util.find_spec("gymnasium") and import_module("gymnasium")
 has_sb3, has_sbx = map(util.find_spec, ("stable_baselines3", "sbx"))
 
+RAW = {"norm_obs": False, "norm_reward": False, "total_steps": 8192}
 # RL-Zoo's settings for CartPole and those of CleanRL's ppo.py, in Thrust's words
-RAW = {"norm_obs": False, "norm_reward": False}
 ZOO = {"num_envs": 8, "num_steps": 32, "minibatch_size": 256, "epochs": 20, "gamma": 0.98}
-ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3, "total_steps": 8192, **RAW}
-CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4, "gamma": 0.99}
-CLEANRL |= {
-    "gae_lambda": 0.95,
-    "learning_rate": 2.5e-4,
-    "ent_coef": 0.01,
-    "total_steps": 8192,
-    **RAW,
+ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3, **RAW}
+CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4}
+CLEANRL |= {"learning_rate": 2.5e-4, "ent_coef": 0.01, **RAW}
+REAL = {"num_envs": 8, "num_steps": 256, "minibatch_size": 64, "learning_rate": 3e-4, **RAW}
+SETTINGS = {
+    "CartPole, Thrust's (64 x 32)": {**thrust.CARTPOLE, "total_steps": 32_768},
+    "CartPole, RL-Zoo's (8 x 32)": ZOO,
+    "CartPole, CleanRL's (4 x 128)": CLEANRL,
+    "HalfCheetah-v5 (8 x 256)": {"env": "HalfCheetah-v5", **REAL},
+    "Hopper-v5 (8 x 256)": {"env": "Hopper-v5", **REAL},
+    "LunarLander-v3 (16 x 128)": {
+        **REAL, "env": "LunarLander-v3", "num_envs": 16, "num_steps": 128
+    },
+}  # fmt: skip
+
+# What `--only learning` trains for a million steps: flags beyond --env and --seed, and the
+# return that others report for PPO: RL-Zoo's benchmark.md, one run, settings tuned for each.
+GAMES = {
+    "Acrobot-v1": ("", "-73.5"),
+    "LunarLander-v3": ("", "242.1 (v2)"),
+    "Pendulum-v1": ("", "-172.2 (100,000 steps)"),
+    "BipedalWalker-v3": ("", "287.9 (5,000,000 steps)"),
+    "HalfCheetah-v5": ("", "5819 (v3)"),
+    "Hopper-v5": ("", "2410 (v3)"),
+    "Walker2d-v5": ("", "3479 (v3)"),
+    "Swimmer-v5": ("", "281.6 (v3)"),
+    "Taxi-v4": ("", ""),
+    "MountainCar-v0": ("--num-steps 16 --epochs 4 --gae-lambda 0.98", "-110.4"),
 }
+CHEAP = "Acrobot-v1", "Pendulum-v1", "Taxi-v4"
 
 
 def take_turns(rounds, *contestants):
@@ -166,12 +189,18 @@ def bench_pool(args):
     table(title, header, rows)
 
 
-def thrust_loop(module, knobs):
+def thrust_loop(module, knobs, workers=0):
     """A contestant: the training loop of thrust.py, or of another version of it."""
-    config = module.Config(**knobs)
-    learner = module.PPO(module.CartPole(config.num_envs), config)
+    config, make_env = (
+        module.Config(**knobs),
+        partial(module.make_env, knobs.get("env", "CartPole")),
+    )
+    n = config.num_envs
+    envs = module.EnvPool(make_env, n, workers) if workers else make_env(n)
+    learner = module.PPO(envs, config)
     yield
     yield [learner.update() for _ in range(config.num_updates)][-1]["steps"]
+    envs.close()
 
 
 def sb3_options(config):
@@ -188,7 +217,8 @@ def sb3_loop(knobs):
     from stable_baselines3.common.env_util import make_vec_env
 
     config = thrust.Config(**knobs)
-    envs = make_vec_env("CartPole-v1", config.num_envs, seed=0)
+    name = "CartPole-v1" if config.env == "CartPole" else config.env
+    envs = make_vec_env(name, config.num_envs, seed=0)
     model = PPO("MlpPolicy", envs, seed=0, device="cpu", **sb3_options(config))
     yield
     yield model.learn(config.total_steps).num_timesteps
@@ -196,19 +226,44 @@ def sb3_loop(knobs):
 
 def bench_training(args):
     rows = []
-    for name, knobs in (
-        ("Thrust's for CartPole (64 x 32)", {**thrust.CARTPOLE, "total_steps": 32_768}),
-        ("RL-Zoo's for CartPole (8 x 32)", ZOO),
-        ("CleanRL's (4 x 128)", CLEANRL),
-    ):
-        other = args.other and partial(thrust_loop, args.other)
-        loops = (partial(thrust_loop, thrust), has_sb3 and sb3_loop, other)
+    for name, knobs in SETTINGS.items():
+        real = "env" in knobs
+        if real and not (gym and util.find_spec("mujoco") and util.find_spec("Box2D")):
+            continue
+        loops = [partial(thrust_loop, thrust), has_sb3 and sb3_loop]
+        loops += [args.other and partial(thrust_loop, args.other)]
+        loops += [real and partial(thrust_loop, thrust, workers=2)]
         contestants = [loop and partial(loop, knobs) for loop in loops]
-        ours, *theirs = take_turns(3 if args.quick else 15, *contestants)
-        figures = [spread([1 / s for s in seconds]) for seconds in (ours, *theirs)]
-        rows.append([name, *figures, *(ratio(s, ours) for s in theirs)])
-    header = "settings | Thrust | Stable-Baselines3 | other | times SB3 | times the other"
+        ours, *others = take_turns(3 if args.quick else 15, *contestants)
+        figures = [spread([1 / s for s in seconds]) for seconds in (ours, *others)]
+        *theirs, workers = others
+        rows.append([name, *figures, *(ratio(s, ours) for s in theirs), ratio(ours, workers)])
+    header = "settings | Thrust | Stable-Baselines3 | other | Thrust, 2 workers"
+    header += " | times SB3 | times the other | 2 workers, times none"
     table("Training, environment steps per second, one thread", header, rows)
+
+
+def learn(job):
+    """Trains in a process of its own; returns the mean return of its 100 greedy episodes."""
+    name, seed, folder = job
+    flags = f"--env {name} --seed {seed} --total-steps 1000000 --runs {folder} {GAMES[name][0]}"
+    command = [sys.executable, thrust.__file__, *flags.split()]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    mean = re.search(r"evaluation: mean return (\S+)", output)[1]
+    print(f"{name}, seed {seed}: {mean}", file=sys.stderr, flush=True)  # it may take hours
+    return float(mean)
+
+
+def bench_learning(args):
+    names, seeds = (CHEAP, [1]) if args.quick else (GAMES, range(1, args.seeds + 1))
+    with tempfile.TemporaryDirectory() as folder, ThreadPool(os.cpu_count()) as pool:
+        jobs = [(name, seed, folder) for name in names for seed in seeds]
+        means = np.reshape(pool.map(learn, jobs, 1), (len(names), -1)).tolist()
+    rows = [
+        [name, *GAMES[name][:1], spread(x), GAMES[name][1]] for name, x in zip(names, means)
+    ]
+    header = "environment | flags | mean return of 100 greedy episodes | RL-Zoo's PPO, one run"
+    table(f"After 1,000,000 steps, seeds 1 to {len(seeds)}", header, rows)
 
 
 PARTS = """thrust.PPO.update thrust.PPO._collect thrust.CartPole.step thrust.ActorCritic.act
@@ -312,10 +367,11 @@ def bench_solve(args):
 
 
 def main():
-    names = ["cartpole", "pool", "training", "profile", "solve"]
+    names = ["cartpole", "pool", "training", "profile", "solve", "learning"]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds and seeds")
     parser.add_argument("--only", choices=names, nargs="+", help="measure these sections")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds per environment to learn")
     parser.add_argument("--other", metavar="FILE", help="another version of thrust.py")
     parser.add_argument("--peer-python", type=os.path.abspath, help="a Python with sbx-rl")
     args = parser.parse_args()

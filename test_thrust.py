@@ -634,7 +634,7 @@ def test_minibatches_cover_the_rollout_almost_equally_and_begin_at_ratio_1(size,
         assert len(seen) == 4 * math.ceil(513 / size) and max(lengths) - min(lengths) <= 1
         epochs = torch.cat(advantages).view(4, 513)  # all of them, each time in another order
         assert (epochs.sort(1)[0] == epochs[0].sort()[0]).all() and len(epochs.unique()) > 500
-        assert len(epochs.unique(dim=0)) == (4 if size < 513 else 1)  # one piece: no order
+        assert len(epochs.unique(dim=0)) == 4
 
 
 def test_a_bandit_is_solved_though_seen_with_an_offset_far_larger_than_its_deviation():

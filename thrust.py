@@ -688,14 +688,14 @@ class PPO:
     def _improve(self, batch: Batch, rate: float) -> list[dict]:
         """Gradient steps; returns what the last epoch measured (with target_kl, all epochs)."""
         config, size = self.config, len(batch.returns)
+        count = math.ceil(size / config.minibatch_size)  # of gradient steps in an epoch
         measured: list[dict] = []
         for epoch in range(config.epochs):
             measure = epoch == config.epochs - 1 or config.target_kl > 0
-            # Almost equal pieces: as M ≥ 3, none has just one transition, and no deviation.
             order = torch.from_numpy(self.generator.permutation(size)).to(config.device)
-            for rows in order.tensor_split(math.ceil(size / config.minibatch_size)):
-                whole = len(rows) == size  # then the order does not matter
-                part = batch if whole else Batch(*(x.index_select(0, rows) for x in batch))
+            # Almost equal pieces: as M ≥ 3, none has just one transition, and no deviation.
+            pieces = (x[order].tensor_split(count) for x in batch)
+            for part in map(Batch, *pieces):
                 loss, stats = ppo_loss(self.policy, part, config, measure)
                 limit = config.target_kl if measured else 0  # before the first step, KL is 0
                 if limit and self.adam.average(stats["approx_kl"]) > limit:
@@ -842,11 +842,12 @@ class Normal(nn.Module):
         return (means + std * noise).reshape(-1, *self.space.shape)
 
     def judge(self, means, action):
-        # log π(a|s) = -½·((a - mean) / σ)² - log σ - c;  entropy = ½ + log σ + c;  c = ½·log 2π
-        log_scale = self.log_std + 0.5 * math.log(2 * math.pi)
+        # Each number: log π(a|s) = -½·((a - mean) / σ)² - log σ - c, entropy = ½ + log σ + c,
+        # with c = ½·log 2π. All of them: the sums.
+        log_scale = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
         error = (action.reshape(means.shape) - means) / self.log_std.exp()
-        logprob = -(0.5 * error.square() + log_scale).sum(1)
-        return logprob, (0.5 + log_scale).sum().expand_as(logprob)
+        logprob = -0.5 * error.square().sum(1) - log_scale
+        return logprob, (0.5 * self.num_outputs + log_scale).expand_as(logprob)
 
     def to_env(self, action):
         low, high, dtype = self.space.low, self.space.high, np.dtype(self.space.dtype)
