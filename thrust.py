@@ -764,7 +764,7 @@ def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> n
     """Copies what an environment's `step` returned into these arrays; returns the rows where an
     episode ended. In these, final_obs (it may be obs) gets the last observation."""
     put(obs, results[0], "obs")
-    put(reward, results[1], "reward")
+    put(reward, results[1], "reward, a number (mo_gymnasium's LinearReward makes one),")
     put(terminated, results[2], "terminated")
     put(truncated, results[3], "truncated")
     ended = (terminated | truncated).nonzero()[0]
@@ -783,7 +783,7 @@ def require_same_step(envs):
         raise ValueError(f"{envs} is not a batch; GymEnvs(make, num_envs) makes one")
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
-        how = "make it with autoreset_mode=AutoresetMode.SAME_STEP"
+        how = "give autoreset_mode=AutoresetMode.SAME_STEP, or use GymEnvs(make, num_envs)"
         raise ValueError(f"the autoreset_mode of {envs} must be SAME_STEP, not {mode}: {how}")
 
 
@@ -824,8 +824,9 @@ class Choices(nn.Module):
 
 class Normal(nn.Module):
     """Actions that are real numbers (Box). An output is the mean of a normal distribution; its
-    deviation σ is a parameter, at first 1. If the box has limits, the network knows them as ±1,
-    so all boxes are learned alike. Draws are clipped for the environment, not for the loss."""
+    deviation σ is a parameter, at first ½ (as advised by arXiv:2006.05990). If the box has
+    limits, the network knows them as ±1, so all boxes are learned alike. Draws are clipped for
+    the environment, not for the loss."""
 
     def __init__(self, space):
         super().__init__()
@@ -834,7 +835,7 @@ class Normal(nn.Module):
         low, high = np.where(limited, low, -1.0), np.where(limited, high, 1.0)
         self.middle, self.half_width = (low + high) / 2, (high - low) / 2
         self.space, self.num_outputs = space, math.prod(space.shape)
-        self.log_std = nn.Parameter(torch.zeros(self.num_outputs))
+        self.log_std = nn.Parameter(torch.full((self.num_outputs,), math.log(0.5)))
 
     def draw(self, means, greedy, generator):  # (k, num_outputs) → float32 (k, *shape)
         noise = 0 if greedy else generator.standard_normal(means.shape, np.float32)
@@ -913,6 +914,7 @@ class RewardScale(nn.Module):
         return (reward / self.moments.std().item()).clip(-10, 10)
 
 
+WRAP = "wrap it (Gymnasium: FlattenObservation, FilterObservation, TransformAction, ...)"
 ACTIONS = {"Discrete": Choice, "MultiDiscrete": Choices, "MultiBinary": Choices, "Box": Normal}
 
 
@@ -922,7 +924,7 @@ def by_kind(space, makers: dict) -> nn.Module:
     for kind in type(space).__mro__:
         if kind.__name__ in makers:
             return makers[kind.__name__](space)
-    raise ValueError(f"{space} must be one of {', '.join(makers)}")
+    raise ValueError(f"{space} must be one of {', '.join(makers)}; {WRAP}")
 
 
 class GymEnvs:
@@ -983,11 +985,18 @@ def say_once(text: str):
 def make_game(name: str):
     """One of Gymnasium's environments, with observations that are a Box or Discrete."""
     import gymnasium
+    from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+
+    def is_numeric(space):
+        if isinstance(space, (Dict, Tuple)):
+            parts = space.values() if isinstance(space, Dict) else space
+            return all(map(is_numeric, parts))
+        return isinstance(space, (Box, Discrete, MultiBinary, MultiDiscrete))
 
     env = gymnasium.make(name)
-    space, kinds = env.observation_space, (gymnasium.spaces.Box, gymnasium.spaces.Discrete)
-    if isinstance(space, kinds) or any(x in str(space) for x in ("Text", "Graph", "Sequence")):
-        return env  # the latter will be refused: flattened, they would not be quantities
+    space = env.observation_space
+    if isinstance(space, (Box, Discrete)) or not is_numeric(space):
+        return env  # the latter, text or graphs, will be refused
     if mp.parent_process() is None:  # not once for each worker
         say_once(f"observations of {name} are flattened: {space}")
     return gymnasium.wrappers.FlattenObservation(env)
@@ -1129,7 +1138,7 @@ class EnvPool(contextlib.AbstractContextManager):
                 self.state = self.set_state = None  # there is nothing to save
         for space in (obs, action):
             if space.shape is None or np.dtype(space.dtype).kind not in "biuf":
-                raise ValueError(f"a pool shares arrays of numbers; flatten the space {space}")
+                raise ValueError(f"a pool shares arrays of numbers, not {space}; {WRAP}")
         self.single_observation_space, self.single_action_space = obs, action
         self.num_envs, self.timeout, self._workers = num_envs, timeout, []
         context = mp.get_context(start_method or ("spawn" if os.name == "nt" else "forkserver"))
