@@ -68,7 +68,10 @@ GAMES = {
     "Walker2d-v5": ("", "3479 (v3)"),
     "Swimmer-v5": ("", "281.6 (v3)"),
     "Taxi-v4": ("", ""),
-    "MountainCar-v0": ("--num-steps 16 --epochs 4 --gae-lambda 0.98", "-110.4"),
+    "MountainCar-v0": (
+        "--num-steps 16 --minibatch-size 64 --epochs 4 --gae-lambda 0.98",
+        "-110.4",
+    ),
 }
 CHEAP = "Acrobot-v1", "Pendulum-v1", "Taxi-v4"
 
@@ -257,8 +260,8 @@ def learn(job):
 def bench_learning(args):
     names, seeds = (CHEAP, [1]) if args.quick else (GAMES, range(1, args.seeds + 1))
     with tempfile.TemporaryDirectory() as folder, ThreadPool(os.cpu_count()) as pool:
-        jobs = [(name, seed, folder) for name in names for seed in seeds]
-        means = np.reshape(pool.map(learn, jobs, 1), (len(names), -1)).tolist()
+        jobs = [(name, seed, folder) for seed in seeds for name in names]
+        means = np.reshape(pool.map(learn, jobs, 1), (-1, len(names))).T.tolist()
     rows = [
         [name, *GAMES[name][:1], spread(x), GAMES[name][1]] for name, x in zip(names, means)
     ]
