@@ -930,8 +930,8 @@ def readme_programs():
 def test_the_programs_in_readme_run(number, in_tmp):
     """Each Python block, in the folder of a run."""
     program = readme_programs()[number]
-    for package in ("gymnasium", "minatar"):
-        if f"import {package}" in program:
+    for package in ("gymnasium", "minatar", "mpe2"):
+        if re.search(rf"^(import|from) {package}\b", program, re.MULTILINE):
             oracle(package)
     thrust.train(small())
     (in_tmp / "program.py").write_text(program.replace("1_000_000", "10_000"))
@@ -946,6 +946,17 @@ def test_readmes_own_environment_is_trained_by_its_name(in_tmp, capsys):
     flags = "--env my_game:Walk --total-steps 40960 --eval-episodes 16"
     thrust.main(flags.split())
     assert "evaluation: mean return 1.0 ± 0.0 over 16 episodes" in capsys.readouterr().out
+
+
+def test_readmes_game_of_several_agents_is_trained_alike_with_workers(in_tmp, capsys):
+    oracle("mpe2")
+    program = next(p for p in readme_programs() if "class Spread" in p)
+    (in_tmp / "spread.py").write_text(program)
+    flags = "--env spread:Spread --num-envs 12 --num-steps 40 --total-steps 1440".split()
+    for workers in ("0", "2"):
+        thrust.main([*flags, "--eval-episodes", "12", "--workers", workers])
+    first, second = re.findall("weights: .*", capsys.readouterr().out)
+    assert first == second
 
 
 # == 7. EnvPool ================================================================================

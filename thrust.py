@@ -784,7 +784,8 @@ def require_same_step(envs):
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
         how = "give autoreset_mode=AutoresetMode.SAME_STEP, or use GymEnvs(make, num_envs)"
-        raise ValueError(f"the autoreset_mode of {envs} must be SAME_STEP, not {mode}: {how}")
+        kind = type(envs).__name__
+        raise ValueError(f"the autoreset_mode of {kind} must be SAME_STEP, not {mode}: {how}")
 
 
 def has_state(envs) -> bool:
