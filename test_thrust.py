@@ -952,9 +952,9 @@ def test_readmes_game_of_several_agents_is_trained_alike_with_workers(in_tmp, ca
     oracle("mpe2")
     program = next(p for p in readme_programs() if "class Spread" in p)
     (in_tmp / "spread.py").write_text(program)
-    flags = "--env spread:Spread --num-envs 12 --num-steps 40 --total-steps 1440".split()
+    flags = "--env spread:Spread --num-envs 12 --num-steps 40 --total-steps 1440"
     for workers in ("0", "2"):
-        thrust.main([*flags, "--eval-episodes", "12", "--workers", workers])
+        thrust.main([*flags.split(), "--eval-episodes", "12", "--workers", workers])
     first, second = re.findall("weights: .*", capsys.readouterr().out)
     assert first == second
 
