@@ -12,7 +12,7 @@ the way of playing has changed.
 
 This is not a framework: no recurrent networks, replay memory, self-play, hyperparameter sweeps,
 callbacks or plugins. It needs NumPy and PyTorch; Gymnasium, if it is there, has more games.
-"Needs", at the head of parts 1 to 7, lists the imports and other parts that a copy needs.
+"Needs", at the head of parts 1 to 7, lists what a copy imports, and parts to copy with it.
 
     python thrust.py                     train on CartPole, to 500 of 500 points in seconds
     python thrust.py --env Acrobot-v1    train on another environment, here Gymnasium's
@@ -60,10 +60,10 @@ from torch import nn
 # ==============================================================================================
 # 1. Config
 # ==============================================================================================
-# Needs: import dataclasses, math, numpy as np; from typing import Any
-# Every number that a user may want to change stands here once: its default, the text that
-# --help prints, the lowest and the highest value. CARTPOLE, below, has the command line's for
-# that game: it is so small that large minibatches and a large learning rate work best.
+# Needs: import dataclasses, numpy as np; from typing import Any
+# Each knob stands here once: its default, the text that --help prints, the lowest and the
+# highest value. CARTPOLE, below, has the command line's defaults for that game: it is so small
+# that large minibatches and a large learning rate work best.
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = 1e30) -> Any:
@@ -82,13 +82,13 @@ class Config:
     num_steps: int = knob(128, "steps per rollout (T); few: trusts the critic more", 1, 10**6)
     minibatch_size: int = knob(256, "transitions per gradient step, at most (M)", 3)
     epochs: int = knob(10, "passes over a rollout; many: its data no longer fits the policy", 1)
-    learning_rate: float = knob(1e-3, "Adam's; too large: what was learned is lost", 0.0, 1e30)
+    learning_rate: float = knob(1e-3, "Adam's; too large: what was learned is lost", 0.0)
     anneal: bool = knob(True, "lower the learning rate, update by update, towards 0")
     gamma: float = knob(0.99, "discount γ; about the next 1/(1-γ) steps count", 0.0, 1)
     gae_lambda: float = knob(0.95, "λ; 0: trust expected rewards, 1: only rewards seen", 0.0, 1)
     clip: float = knob(0.2, "ε; a probability moved by this share is pushed no further", 0.0, 1)
-    ent_coef: float = knob(0.0, "weight of entropy: a reward for being undecided", 0.0, 1e30)
-    vf_coef: float = knob(0.5, "weight of the critic's squared error", 0.0, 1e30)
+    ent_coef: float = knob(0.0, "weight of entropy: a reward for being undecided", 0.0)
+    vf_coef: float = knob(0.5, "weight of the critic's squared error", 0.0)
     max_grad_norm: float = knob(0.5, "longer gradients are shrunk to this; 0: none is", 0.0)
     target_kl: float = knob(0.0, "end an update if KL (part 5) is above this; 0: never", 0.0)
     norm_obs: bool = knob(True, "scale Box observations to mean 0 and standard deviation 1")
@@ -171,7 +171,7 @@ class CartPole:
     equations are Barto, Sutton and Anderson's (1983), without friction, as corrected by Florian
     (2007); the order of operations is Gymnasium's, as another would round differently."""
 
-    # 0-d arrays: converting Python's numbers would take a quarter of a step's time at N = 64
+    # 0-d arrays: converting Python's numbers would take a tenth of a step's time at N = 64
     GRAVITY, TAU = np.array(9.8), np.array(0.02)  # m/s²; s from one step to the next
     POLE_MASS, TOTAL_MASS = np.array(0.1), np.array(0.1 + 1.0)  # kg; the latter with the cart
     HALF_LENGTH = np.array(0.5)  # m, from the hinge to the pole's centre of mass
@@ -475,11 +475,11 @@ class Rollout:
 # ==============================================================================================
 # Needs: import math, time; from collections import deque; parts 1, 3, 4, 6
 # The policy gradient in one sentence: change the weights so that the log-probability of each
-# action taken rises in proportion to its advantage. Why? Judge a changed π by the old one's Â:
-# it brings Σ π·Â more in a state, a sum over actions. As ∇π = π·∇log π, the gradient of that is
-# Σ π·(Â·∇log π), the mean of Â·∇log π over actions drawn from π. So this is right only for the
-# policy that took the actions, hence for one small gradient step. But data is costly, and PPO
-# wants many gradient steps from the same data. For that it needs two things.
+# action taken rises in proportion to its advantage. Why? In a state, a changed π brings Σ π·Â
+# more than the old one, whose Â it is; a sum over actions. As ∇log π = ∇π / π, the gradient of
+# that is Σ π·(Â·∇log π), the mean of Â·∇log π over actions drawn from π. So this is right only
+# for the policy that took the actions, hence for one small gradient step. But data is costly,
+# and PPO wants many gradient steps from the same data. For that it needs two things.
 #
 # A *ratio*. After the first gradient step, the policy is no longer the one that played. So each
 # action is weighted by how much more probable it has become: ratio = π(a|s) / π_old(a|s). Then
@@ -505,7 +505,8 @@ class Rollout:
 #     objective =  mean( min( ratio·Â, clip(ratio, 1-ε, 1+ε)·Â ) )
 #                 - vf_coef · mean( (V - returns)² )  +  ent_coef · mean( entropy )
 #
-# Entropy is how undecided the policy is; a little reward for it keeps the policy trying.
+# Entropy is how undecided the policy is; a little reward for it keeps the policy trying. And
+# vf_coef matters though no weights are shared: long gradients of both are shrunk as one.
 
 
 def ppo_loss(policy, batch: Batch, config: Config, measure: bool = True):
@@ -546,8 +547,8 @@ def ppo_loss(policy, batch: Batch, config: Config, measure: bool = True):
 class Adam:
     """Adam (arXiv:1412.6980) steps against m, a running mean of the gradients g, divided by the
     root of v, a running mean of g²: so all weights move about equally fast. Long gradients are
-    shrunk first, as one huge g² would keep v large, and steps tiny, for long. Here, all are one
-    vector. (torch.optim.Adam would import torch's compiler, which takes a second or so.)"""
+    shrunk first, as one huge g² would keep v large, and steps tiny, for long. All gradients are
+    one vector here. (torch.optim.Adam would import torch's compiler, which takes a second.)"""
 
     def __init__(self, parameters, average=None):
         self.parameters, self.steps = list(parameters), 0
@@ -641,7 +642,7 @@ class PPO:
             "mean_length": mean_length,  # of the same, in steps
             **means,
             "entropy": entropy,  # of the policy that played
-            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0: as a constant
+            "explained_variance": 1 - unexplained,  # 1: V predicts all; 0 or less: a mean would
             "learning_rate": rate,
             "gradient_steps": self.adam.steps,  # so far
             "steps_per_second": config.batch_size / (time.perf_counter() - began),
@@ -699,7 +700,7 @@ class PPO:
                 loss, stats = ppo_loss(self.policy, part, config, measure)
                 limit = config.target_kl if measured else 0  # before the first step, KL is 0
                 if limit and self.adam.average(stats["approx_kl"]) > limit:
-                    return measured
+                    return measured  # without this minibatch, which takes no step
                 for p in self.adam.parameters:
                     p.grad = None
                 loss.backward()
@@ -764,7 +765,7 @@ def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> n
     """Copies what an environment's `step` returned into these arrays; returns the rows where an
     episode ended. In these, final_obs (it may be obs) gets the last observation."""
     put(obs, results[0], "obs")
-    put(reward, results[1], "reward, a number (mo_gymnasium's LinearReward makes one),")
+    put(reward, results[1], "reward (a number; mo_gymnasium's LinearReward makes one)")
     put(terminated, results[2], "terminated")
     put(truncated, results[3], "truncated")
     ended = (terminated | truncated).nonzero()[0]
@@ -1232,10 +1233,10 @@ class EnvPool(contextlib.AbstractContextManager):
 # 8. Runs
 # ==============================================================================================
 # `train` is the loop at the end of part 5, with what makes a run easy to follow and hard to
-# lose. A run is a folder with a log, a row for every update; a checkpoint; and a page (part
-# 10). The checkpoint holds all that the future depends on. It is written before the first
-# update, every few seconds, and after the last, and takes the old one's place in one step. So
-# Ctrl-C, a kill and a power cut are one case: what came after it is played again, bit for bit.
+# lose. A run is a folder with its config; a log, a row for every update; a checkpoint; and a
+# page (part 10). The checkpoint holds all that the future depends on. It is written before the
+# first update, every few seconds, and after the last, and replaces the old one in one step.
+# So Ctrl-C, a kill and a power cut are one case: what came later is played again, bit for bit.
 # (If the environments have `state`, as CartPole has. Others begin new episodes.)
 #
 # The same config, whatever its workers, gives the same weights, bit for bit, with the same
