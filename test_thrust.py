@@ -673,7 +673,7 @@ def test_numbers_are_put_where_they_fit_and_refused_where_they_would_change_or_a
         with pytest.raises(ValueError, match="final_obs"):
             thrust.put_step((*results, info), *targets)
     with pytest.raises(
-        ValueError, match=r"^reward, .*LinearReward.* \(2,\); got float64 \(2, 3\)"
+        ValueError, match=r"^reward .*LinearReward.* \(2,\); got float64 \(2, 3\)"
     ):
         thrust.put_step((results[0], results[0], *results[2:], {}), *targets)
 
