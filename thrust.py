@@ -783,6 +783,7 @@ def require_same_step(envs):
     if not hasattr(envs, "num_envs"):
         raise ValueError(f"{envs} is not a batch; GymEnvs(make, num_envs) makes one")
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
+    mode = getattr(envs, "autoreset_mode", mode)  # a class may share its metadata
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
         how = "give autoreset_mode=AutoresetMode.SAME_STEP, or use GymEnvs(make, num_envs)"
         kind = type(envs).__name__
@@ -894,7 +895,7 @@ class Normalizer(nn.Module):
         return self.var.clamp(min=1e-8).sqrt()
 
     def forward(self, x):  # (k, ...) → float64 (k, K)
-        return ((x.reshape(len(x), -1) - self.mean) / self.std()).clamp(-10, 10)
+        return ((x.reshape(len(x), -1).double() - self.mean) / self.std()).clamp(-10, 10)
 
 
 class RewardScale(nn.Module):
