@@ -209,9 +209,11 @@ def test_actions_are_drawn_from_the_distribution_that_judges_them(space):
 
 
 def test_observations_are_arrays_or_tensors_of_any_shape_and_offset_or_discrete():
-    policy, obs = thrust.ActorCritic(BOX._replace(shape=(2, 2)), TWO, ()), np.ones((5, 2, 2))
-    for other in (torch.tensor(obs), obs.astype(np.float32), obs.astype(np.uint8)):
-        assert torch.equal(policy.value(other), policy.value(obs))
+    obs = np.ones((5, 2, 2))
+    for norm in (False, True):
+        policy = thrust.ActorCritic(BOX._replace(shape=(2, 2)), TWO, (), norm_obs=norm)
+        for other in (torch.tensor(obs), *map(obs.astype, (np.float32, np.uint8, bool))):
+            assert torch.equal(policy.value(other), policy.value(obs))
     policy, obs = make_policy(norm_obs=True), 1e5 + 1e-3 * default_rng(0).normal(size=(99, 4))
     policy.encoder.measure(torch.tensor(obs))
     assert abs(policy.encode(obs).var(0, unbiased=False) - 1).max() < 1e-5  # float32
@@ -757,6 +759,9 @@ def test_environments_are_part_2s_a_modules_or_gymnasiums_or_given(capsys):
         ValueError, match=r"must be SAME_STEP, not .*: give .*SAME_STEP, or use"
     ):
         learner_of(gym.make_vec("CartPole-v1", 8, "sync"))
+    envs = gymnasiums("CartPole-v1", 8)
+    envs.metadata = {"autoreset_mode": "NextStep"}  # as another of its class may have left it
+    thrust.require_same_step(envs)
     assert type(thrust.make_env("CartPole", 2)) is thrust.CartPole
     assert thrust.make_env(f"{__name__}:Game", 2).num_envs == 2
     obs = thrust.make_env("CartPole-v1", 3).reset(seed=7)[0]
