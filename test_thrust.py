@@ -1085,6 +1085,12 @@ def test_a_pool_gives_the_same_bits_as_one_process_however_arrays_are_printed(cu
         assert same(pool.reset()[0], reference.reset()[0])  # without a seed, they go on
 
 
+def test_a_run_in_one_process_seeds_the_generators_that_all_code_shares(in_tmp):
+    config = small(env=f"{__name__}:Odd", total_steps=256)
+    first, second = (thrust.train(config).policy.state_dict() for _ in range(2))
+    assert equal(first, second)
+
+
 def test_results_are_converted_in_one_memory_options_passed_on_shared_generators_seeded():
     plain, drawn = Odd(4), []
     with start_pool(Odd, 4, 2) as pool:

@@ -1059,6 +1059,12 @@ def acquire(semaphore, timeout) -> bool:
     return taken or semaphore.acquire(True, timeout)
 
 
+def seed_globals(seed: int):
+    """Seeds the generators that all code of a process shares; some environments use them."""
+    for each in (random.seed, np.random.seed, torch.manual_seed):
+        each(seed % 2**32)
+
+
 def obey(env, part, obs, method, argument):
     """Carries out a word in a worker; returns the answer."""
     if method == "state":
@@ -1067,8 +1073,7 @@ def obey(env, part, obs, method, argument):
         return env.set_state({name: array[part] for name, array in argument.items()})
     if "seed" in argument:
         argument["seed"] = int(argument["seed"]) + part.start
-        for seed in (random.seed, np.random.seed, torch.manual_seed):  # shared by all code,
-            seed(argument["seed"] % 2**32)  # and else alike in all workers
+        seed_globals(argument["seed"])  # they would be alike in all workers
     return put(obs, env.reset(**argument)[0], "obs")
 
 
@@ -1259,6 +1264,7 @@ def make_envs(config: Config):
     """The environments of `config`, in workers if it has any. To be closed after use."""
     make = functools.partial(make_env, config.env)
     if not config.workers:
+        seed_globals(config.seed)
         return make(config.num_envs)
     return EnvPool(make, config.num_envs, config.workers, timeout=config.timeout)
 
@@ -1489,7 +1495,7 @@ def resumable(run, old: Config, saved: dict, config: Config) -> dict:
 
 def train(config: Config, *, resume=None) -> Result:
     """Trains as `config` says in a new folder, or goes on with the run in the folder `resume`;
-    then evaluates the policy. Under torchrun, together with other ranks. Sets torch's threads.
+    then evaluates the policy. Under torchrun, with other ranks. Sets threads and global seeds.
 
     Raises ValueError for a run that cannot be resumed, or not with this config; RuntimeError
     for NaN or infinity; WorkerError for a failed worker; OSError where a file cannot be
