@@ -779,6 +779,21 @@ def test_environments_are_part_2s_a_modules_or_gymnasiums_or_given(capsys):
         learner_of(thrust.make_env("Text-v0", 8))
 
 
+def test_ales_own_vector_environment_is_trained_as_it_is_or_refused_in_another_mode():
+    modes, _ = oracle("gymnasium").vector.AutoresetMode, oracle("ale_py")
+    options = {
+        "img_height": 9,
+        "img_width": 9,
+        "stack_num": 1,
+        "max_num_frames_per_episode": 99,
+    }
+    make = functools.partial(oracle("gymnasium").make_vec, "ALE/Breakout-v5", 8, **options)
+    learner = learner_of(make("vector_entry_point", autoreset_mode=modes.SAME_STEP))
+    assert trains(learner) and [learner.update() for _ in range(3)][2]["episodes"] >= 8
+    with pytest.raises(ValueError, match=r"of AtariVectorEnv must be SAME_STEP"):
+        learner_of(make("vector_entry_point", autoreset_mode=modes.NEXT_STEP))
+
+
 # == Processes and files =======================================================================
 
 SOURCE, HERE = pathlib.Path(thrust.__file__), pathlib.Path(__file__)
