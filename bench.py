@@ -42,9 +42,10 @@ RAW = {"norm_obs": False, "norm_reward": False, "total_steps": 8192}
 # RL-Zoo's settings for CartPole and those of CleanRL's ppo.py, in Thrust's words
 ZOO = {"num_envs": 8, "num_steps": 32, "minibatch_size": 256, "epochs": 20, "gamma": 0.98}
 ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3, **RAW}
-CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4}
-CLEANRL |= {"learning_rate": 2.5e-4, "ent_coef": 0.01, **RAW}
-REAL = {"num_envs": 8, "num_steps": 256, "minibatch_size": 64, "learning_rate": 3e-4, **RAW}
+CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4, "gamma": 0.99}
+CLEANRL |= {"gae_lambda": 0.95, "learning_rate": 2.5e-4, "ent_coef": 0.01, **RAW}
+REAL = {"num_envs": 8, "num_steps": 256, "minibatch_size": 64, "epochs": 10, **RAW}
+REAL |= {"gamma": 0.99, "gae_lambda": 0.95, "learning_rate": 3e-4}
 SETTINGS = {
     "CartPole, Thrust's (64 x 32)": {**thrust.CARTPOLE, "total_steps": 32_768},
     "CartPole, RL-Zoo's (8 x 32)": ZOO,
