@@ -702,6 +702,7 @@ def test_actions_are_in_units_of_the_box_where_it_has_limits_and_raw_where_not()
     policy = make_policy(space=thrust.Box(low, high, (4,)))
     action = policy.act(some_obs(999), generator=default_rng(0))
     sent, (a, b, c, d) = policy.to_env(action), action.T
+    assert abs(action.std() / 0.7 - 1) < 5 / math.sqrt(2 * action.size)  # and means near 0
     assert abs(a).max() > 1 and action.dtype == sent.dtype == np.float32  # drawn beyond limits
     expected = a.clip(-1, 1), 256 + 256 * b.clip(-1, 1), c, d.clip(2)
     np.testing.assert_allclose(sent.T, expected, rtol=1e-6, atol=1e-4)  # float32, up to 512
