@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from importlib import import_module, metadata, util
 from multiprocessing.pool import ThreadPool
@@ -195,16 +196,12 @@ def bench_pool(args):
 
 def thrust_loop(module, knobs, workers=0):
     """A contestant: the training loop of thrust.py, or of another version of it."""
-    config, make_env = (
-        module.Config(**knobs),
-        partial(module.make_env, knobs.get("env", "CartPole")),
-    )
-    n = config.num_envs
-    envs = module.EnvPool(make_env, n, workers) if workers else make_env(n)
-    learner = module.PPO(envs, config)
-    yield
-    yield [learner.update() for _ in range(config.num_updates)][-1]["steps"]
-    envs.close()
+    config = module.Config(**knobs)
+    make_env, n = partial(module.make_env, config.env), config.num_envs
+    with closing(module.EnvPool(make_env, n, workers) if workers else make_env(n)) as envs:
+        learner = module.PPO(envs, config)
+        yield
+        yield [learner.update() for _ in range(config.num_updates)][-1]["steps"]
 
 
 def sb3_options(config):
@@ -263,9 +260,7 @@ def bench_learning(args):
     with tempfile.TemporaryDirectory() as folder, ThreadPool(os.cpu_count()) as pool:
         jobs = [(name, seed, folder) for seed in seeds for name in names]
         means = np.reshape(pool.map(learn, jobs, 1), (-1, len(names))).T.tolist()
-    rows = [
-        [name, *GAMES[name][:1], spread(x), GAMES[name][1]] for name, x in zip(names, means)
-    ]
+    rows = [[name, GAMES[name][0], spread(x), GAMES[name][1]] for name, x in zip(names, means)]
     header = "environment | flags | mean return of 100 greedy episodes | RL-Zoo's PPO, one run"
     table(f"After 1,000,000 steps, seeds 1 to {len(seeds)}", header, rows)
 
