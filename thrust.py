@@ -67,7 +67,7 @@ from torch import nn
 
 
 def knob(default: Any, help: str, low: Any = None, high: float = 1e30) -> Any:
-    """A field of Config. A number is of the type of `low`, and from that to `high`."""
+    """A field of Config. A number has the type of `low`, and is from `low` to `high`."""
     return dataclasses.field(default=default, metadata={"help": help, "range": (low, high)})
 
 
@@ -99,7 +99,7 @@ class Config:
     workers: int = knob(0, "processes that step the environments; 0: this process", 0)
     timeout: float = knob(60.0, "seconds that a worker may take for one step", 0.0)
     runs: str = knob("runs", "folder in which runs are kept")
-    checkpoint_seconds: float = knob(2.0, "seconds between checkpoints", 0.0)
+    checkpoint_seconds: float = knob(2.0, "least seconds between checkpoints", 0.0)
     eval_episodes: int = knob(100, "episodes played after training", 1, 10**6)
 
     def __post_init__(self):
@@ -186,7 +186,7 @@ class CartPole:
     def __init__(self, num_envs: int, max_episode_steps: int = 500):
         self.num_envs, self.max_episode_steps = num_envs, np.array(max_episode_steps)
         high = np.array([2 * self.X_LIMIT, np.inf, 2 * self.ANGLE_LIMIT, np.inf], np.float32)
-        self.single_observation_space = Box(-high, high, high.shape)  # twice, as Gymnasium's
+        self.single_observation_space = Box(-high, high, high.shape)  # twice the limits
         self.single_action_space = Discrete(2)
         self._state = np.zeros((4, num_envs))  # rows: x, ẋ, θ, θ̇
         self._reward = np.ones(num_envs)
@@ -268,7 +268,7 @@ class CartPole:
         self._episodes[rows], self._steps[rows] = episodes + self.ONE, 0
 
     def _draw_starts(self, rows):
-        """The start states of the next episodes. (128 take twice as long as one.)"""
+        """The start states of the next episodes. (128 draws take twice as long as one.)"""
         for i in rows:
             starts = self._generators[i].uniform(-0.05, 0.05, (self.BLOCK, 4))
             self._starts[i * self.BLOCK : (i + 1) * self.BLOCK] = starts
@@ -460,7 +460,7 @@ class Batch(NamedTuple):
 
 
 class Rollout:
-    """One rollout, until the next overwrites it. `action`: any N, for shape and dtype."""
+    """One rollout, until the next overwrites it. `action`: N of any, for shape and dtype."""
 
     def __init__(self, num_steps: int, envs, action: np.ndarray):
         shape, space = (num_steps, envs.num_envs), envs.single_observation_space
@@ -621,7 +621,7 @@ class PPO:
         self.policy.eval()
         self._collect()  # 1. Collect.
         batch, entropy = self._advantages()  # 2. Value. 3. Advantage.
-        left = max(0.0, 1 - self.steps / config.total_steps)  # the share not yet learned from
+        left = max(0.0, 1 - self.steps / config.total_steps)  # the share still to come
         rate = config.learning_rate * (left if config.anneal else 1.0)
         self.policy.train()  # this matters only for networks with dropout and the like
         measured = self._improve(batch, rate)  # 4. Improve.
@@ -740,6 +740,7 @@ import json
 import multiprocessing as mp
 import os
 import pathlib
+import pickle
 import random
 import signal
 import sys
@@ -763,7 +764,7 @@ def put(target: np.ndarray, value, name: str):
 
 def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> np.ndarray:
     """Copies what an environment's `step` returned into these arrays; returns the rows where an
-    episode ended. In these, final_obs (it may be obs) gets the last observation."""
+    episode ended. In those rows, final_obs (it may be obs) gets the last observation."""
     put(obs, results[0], "obs")
     put(reward, results[1], "reward (a number; mo_gymnasium's LinearReward makes one)")
     put(terminated, results[2], "terminated")
@@ -783,7 +784,7 @@ def require_same_step(envs):
     if not hasattr(envs, "num_envs"):
         raise ValueError(f"{envs} is not a batch; GymEnvs(make, num_envs) makes one")
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
-    mode = getattr(envs, "autoreset_mode", mode)  # a class may share its metadata
+    mode = getattr(envs, "autoreset_mode", mode)  # its own; metadata may be of all its class
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
         how = "give autoreset_mode=AutoresetMode.SAME_STEP, or use GymEnvs(make, num_envs)"
         kind = type(envs).__name__
@@ -881,8 +882,11 @@ class Normalizer(nn.Module):
         self.register_buffer("mean", zeros)
         self.register_buffer("var", zeros + 1)
 
+    def _apply(self, convert, *rest):  # .float() and the like leave it exact; devices change
+        return super()._apply(lambda x: x.to(convert(x).device), *rest)
+
     def measure(self, x, average=None):
-        """Counts in the rows of x, (k, ...), as Chan, Golub and LeVeque (1979) do."""
+        """Adds the rows of x, (k, ...), by the formula of Chan, Golub and LeVeque (1979)."""
         x, average = x.reshape(len(x), -1).double(), average or (lambda tensor: tensor)
         mean = average(x.mean(0))
         var = average((x - mean).square().mean(0))
@@ -900,7 +904,7 @@ class Normalizer(nn.Module):
 
 class RewardScale(nn.Module):
     """Divides rewards by the deviation of R ← γ·R + r, and cuts them off at ±10. R looks back
-    where a value looks ahead; over a long game, it varies about as much."""
+    where a value looks ahead; over a long game, R varies about as much as values do."""
 
     def __init__(self, config, average=None):
         super().__init__()
@@ -932,7 +936,7 @@ def by_kind(space, makers: dict) -> nn.Module:
 
 class GymEnvs:
     """N of Gymnasium's environments, stepped one by one; `make()` makes one. Environment i is
-    seeded seed + i, and again for each episode: some have draws that only a seed resets."""
+    seeded seed + i, and anew for each episode: some would else draw from the system's clock."""
 
     metadata = {"autoreset_mode": "SameStep"}
 
@@ -951,7 +955,7 @@ class GymEnvs:
     def step(self, actions):
         results = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         reached, reward, *flags, _ = zip(*results)
-        obs = final_obs = self._stack(reached)  # a copy: `reset` may write over what it holds
+        obs = final_obs = self._stack(reached)  # a copy: `reset` may overwrite the originals
         put(both := np.zeros((2, self.num_envs), bool), flags, "terminated, truncated")
         terminated, truncated = both
         ended = terminated | truncated
@@ -986,7 +990,7 @@ def say_once(text: str):
 
 
 def make_game(name: str):
-    """One of Gymnasium's environments, with observations that are a Box or Discrete."""
+    """One of Gymnasium's environments, with Dict and Tuple observations flattened."""
     import gymnasium
     from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
@@ -1032,11 +1036,11 @@ def make_env(name: str, num_envs: int):
 #
 # A step uses no pipe. `go` and `done` are semaphores, a pair for each worker: between `done`
 # and `go` the learner writes into the memory, between `go` and `done` the worker, in its rows.
-# Whoever waits polls for a short while, because being woken takes as long as stepping a hundred
-# CartPoles, and then sleeps, to leave the core to others. Resets and states are rare, and take
-# words: these go through a pipe, as do answers, and the traceback of what a worker raises.
-# A pool pays where environments are slow, cores are free and the run is long: starting the
-# first worker takes as long as importing torch. CartPole is faster without.
+# Whoever waits polls for a short while, because being woken takes as long as stepping a
+# hundred CartPoles; only then it sleeps, to leave the core to others. Resets and states are
+# rare, and take words: these go through a pipe, as do answers, and the traceback of what a
+# worker raises. A pool pays where environments are slow, cores are free and the run is long:
+# starting the first worker takes as long as importing torch. CartPole is faster without.
 
 STEP, WORD, CLOSE = range(3)  # orders; a WORD comes through the pipe
 give_way = getattr(os, "sched_yield", lambda: time.sleep(0))  # Windows has only the latter
@@ -1082,25 +1086,30 @@ def run_worker(w, part: slice, make_env, memory, layout, order, failed, ours, pi
 
     def end_with_learner():
         mp.parent_process().join()
+        kill_group(0)  # its own
         os._exit(1)  # even if the worker is stuck in an environment's Python code
 
+    with contextlib.suppress(AttributeError):  # Windows has no groups of processes
+        os.setpgid(0, 0)  # what environments start is in it too
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's to handle
     threading.Thread(target=end_with_learner, daemon=True).start()
-    ours.close()  # the learner's end; or this worker would not notice when that is closed
+    ours.close()  # the learner's end; else this worker would not notice its closing
     action, *results = (array[part] for array in np.frombuffer(memory, layout)[0])
     try:
-        acquire(go, None)  # the first: all workers were started
+        acquire(go, None)  # until all workers are started
+        if order.value == CLOSE:
+            return
         env = make_env(part.stop - part.start)
-        mp.util.Finalize(None, env.close, exitpriority=100)  # whatever ends the worker
+        mp.util.Finalize(None, env.close, exitpriority=100)  # also after an exception
         done.release()
         while acquire(go, None) and order.value != CLOSE:
             if order.value == STEP:
                 put_step(env.step(action.copy()), *results)  # environments may keep the copy
                 done.release()
             else:
-                answer = obey(env, part, results[0], *pipe.recv())
+                answer = pickle.dumps(obey(env, part, results[0], *pipe.recv()))
                 done.release()
-                pipe.send(answer)  # last, as a large answer waits here until it is read
+                pipe.send_bytes(answer)  # last, as a large answer waits here until it is read
     except BaseException as error:
         file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
         what = f"{type(error).__name__}: {error} ({os.path.basename(file)}, line {line})"
@@ -1110,8 +1119,14 @@ def run_worker(w, part: slice, make_env, memory, layout, order, failed, ours, pi
             pipe.send(f"{what}\n{traceback.format_exc()}")
 
 
+def kill_group(number: int):
+    """Kills a worker's group of processes, with what its environments have started."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.killpg(number, signal.SIGKILL)
+
+
 def end_workers(workers: list, order, timeout):
-    """Has environments closed, and kills the workers that have not ended in time."""
+    """Tells the workers to close their environments; kills those that do not end in time."""
     order.value, deadline = CLOSE, time.monotonic() + min(timeout, 1e6)
     try:
         for worker in workers:
@@ -1122,6 +1137,7 @@ def end_workers(workers: list, order, timeout):
     finally:  # also after Ctrl-C
         for worker in workers:
             worker.kill()
+            kill_group(worker.pid)
             worker.join(1)
 
 
@@ -1150,15 +1166,17 @@ class EnvPool(contextlib.AbstractContextManager):
         self.single_observation_space, self.single_action_space = obs, action
         self.num_envs, self.timeout, self._workers = num_envs, timeout, []
         context = mp.get_context(start_method or ("spawn" if os.name == "nt" else "forkserver"))
-        context.set_forkserver_preload(["numpy", "torch"])  # workers fork from one with these
+        context.set_forkserver_preload(
+            ["numpy", "torch"]
+        )  # workers fork where these are loaded
         # Shared: one record, whose fields are the arrays; the last two are the flags
         rows = action, obs, obs, np.float64(), np.bool_(), np.bool_()
         layout = np.dtype([("", row.dtype, (num_envs, *row.shape)) for row in rows], align=True)
         memory = context.RawArray("b", layout.itemsize)
         self._arrays = list(np.frombuffer(memory, layout)[0])
         self._order, self._failed = context.RawValue("i"), context.RawValue("i", -1)
-        # Called once: by you, when the pool is forgotten, or when the program ends, before
-        # Python waits for its processes; never in a fork of the learner.
+        # Runs once: when you call it, when the pool is forgotten, or when the program ends,
+        # before Python waits for its processes; never in a fork of the learner.
         ending = self._workers, self._order, timeout
         self.close = mp.util.Finalize(self, end_workers, ending, exitpriority=10)
         for w in range(workers):
@@ -1217,7 +1235,7 @@ class EnvPool(contextlib.AbstractContextManager):
             for worker in self._workers:
                 worker.go.release()
                 if word:
-                    with contextlib.suppress(OSError):  # it is dead, as is noticed below
+                    with contextlib.suppress(OSError):  # it is dead, as the next loop finds
                         worker.pipe.send(word)
             for worker in self._workers:
                 while failed.value < 0 and not acquire(worker.done, 0.1):
@@ -1229,7 +1247,13 @@ class EnvPool(contextlib.AbstractContextManager):
             if failed.value >= 0:
                 worker = self._workers[failed.value]
                 raise WorkerError(worker, f"raised while {doing}: {worker.pipe.recv()}")
-            return [worker.pipe.recv() for worker in self._workers] if word else None
+            answers = []
+            for worker in self._workers if word else []:
+                answers.append(worker.pipe.recv())
+            return answers
+        except EOFError:
+            self.close()
+            raise WorkerError(worker, f"died while {doing}") from None
         except BaseException:  # Ctrl-C too: workers and learner are out of step from here on
             self.close()
             raise
@@ -1242,19 +1266,22 @@ class EnvPool(contextlib.AbstractContextManager):
 # lose. A run is a folder with its config; a log, a row for every update; a checkpoint; and a
 # page (part 10). The checkpoint holds all that the future depends on. It is written before the
 # first update, every few seconds, and after the last, and replaces the old one in one step.
-# So Ctrl-C, a kill and a power cut are one case: what came later is played again, bit for bit.
-# (If the environments have `state`, as CartPole has. Others begin new episodes.)
+# So Ctrl-C, a kill and a power cut are one case: what came after it is played again, bit for
+# bit. (With one rank, and environments that have `state`, as CartPole has. Others begin new
+# episodes.)
 #
 # The same config, whatever its workers, gives the same weights, bit for bit, with the same
 # machine and package versions, because every seed is derived from config.seed. (That is so with
 # one rank, and environments that draw from generators which `reset` seeds.)
 #
 # Several processes, called ranks, can train one policy together; torchrun starts them. Each
-# plays environments of its own, with seeds of its own, and before every gradient step all take
-# the mean of their gradients. So their weights, at first those of rank 0, stay equal. Rank 0
-# keeps the folder.
+# plays num_envs environments, with seeds of its own, until all of them together have played
+# total_steps. Before every gradient step all take the mean of their gradients; so their
+# weights, at first those of rank 0, stay equal. Rank 0 alone writes and reads the folder: other
+# machines may have none, or an old one.
 
 BARS = [195, 475]  # mean returns that count as solving CartPole-v0 and CartPole-v1
+OWN = {"runs", "device", "threads", "workers", "timeout"}  # knobs in which ranks may differ
 # Knobs that a resumed run cannot change: what was saved depends on them
 KEPT = "env", "seed", "hidden", "num_envs", "norm_obs", "norm_reward"
 say = functools.partial(print, flush=True)
@@ -1283,7 +1310,7 @@ def evaluate(policy, envs, seed: int, episodes: int = 1, limit: int = 10_000):
         for _ in range(limit):
             actions = policy.to_env(policy.act(obs, greedy=True))
             obs, reward, terminated, truncated, _ = envs.step(actions)
-            returns[i] += np.where(finished[i], 0, reward)  # first ones only
+            returns[i] += np.where(finished[i], 0, reward)  # of its first episode
             finished[i] |= np.logical_or(terminated, truncated)
             if finished[i].all():
                 break
@@ -1292,6 +1319,7 @@ def evaluate(policy, envs, seed: int, episodes: int = 1, limit: int = 10_000):
 
 def tell_evaluation(policy, config: Config) -> np.ndarray:
     """Prints the evaluation and the weights' hash; gives the returns, (eval_episodes,)."""
+    torch.set_num_threads(config.threads)
     rounds = math.ceil(config.eval_episodes / config.num_envs)
     with contextlib.closing(make_envs(config)) as envs:
         both = evaluate(policy, envs, derive_seed(config.seed, 3), rounds)
@@ -1316,7 +1344,7 @@ def learner_state(learner: PPO) -> dict:
         "recent": torch.tensor(list(learner.recent), dtype=torch.float64),
         "draws": json.dumps(learner.generator.bit_generator.state),
         "envs": {name: torch.from_numpy(array) for name, array in state.items()},
-        "obs": torch.as_tensor(learner.obs),
+        "obs": torch.as_tensor(np.asarray(learner.obs, learner.rollout.obs.dtype)),
         "running": torch.from_numpy(learner.running),
     }
 
@@ -1338,6 +1366,10 @@ def restore(learner: PPO, state: dict, exactly: bool):
         learner.obs, learner.running = (state[k].numpy().copy() for k in ("obs", "running"))
 
 
+def as_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
 def replace_file(path: pathlib.Path, content: bytes):
     """Writes a file in one step: at any moment, `path` is the old file or the new one."""
     temporary = path.with_suffix(".tmp")
@@ -1346,7 +1378,13 @@ def replace_file(path: pathlib.Path, content: bytes):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the old one's name
-        os.replace(temporary, path)
+        for patience in (0.01, 0.1, 1, 0):  # seconds; Windows refuses while somebody reads path
+            try:
+                return os.replace(temporary, path)
+            except PermissionError:
+                if not patience:
+                    raise
+                time.sleep(patience)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1390,36 +1428,55 @@ def new_folder(config: Config) -> pathlib.Path:
 
 class Run:
     """A run's folder and its lines on the screen. `saved` is what its checkpoint held, or {};
-    `total` the steps that it will have."""
+    `total` the steps that it will have. ValueError if another process has the run."""
 
     def __init__(self, folder, config: Config, learner: PPO, saved: dict, total: int):
-        self.folder, self.config, self.learner, self.total = folder, config, learner, total
-        self.log, self.steps = folder / "log.csv", saved.get("steps", 0)
+        self.config, self.learner, self.total = config, learner, total
+        self.folder = pathlib.Path(folder)
+        self.log = open(self.folder / "log.csv", "a+", newline="")  # noqa: SIM115
+        lock(self.log)
+        self.steps = saved.get("steps", 0)
+        if saved and load_checkpoint(folder)[1]["steps"] != self.steps:
+            raise ValueError(f"{folder} has gone on since it was loaded")
         self.pole = config.env == "CartPole"  # which has bars to pass, and policies on the page
         self.bars = saved.get("bars", list(BARS) if self.pole else [])  # still to be passed
         self.snapshots = saved.get("snapshots", [])
         # Rows that came after the checkpoint will be played again.
-        lines = self.log.read_text().splitlines(True)[: learner.updates + 1] if saved else []
-        replace_file(self.log, "".join(lines).encode())
+        self.log.seek(0)
+        lines = self.log.readlines()[: learner.updates + 1] if saved else []
+        lines = [line for line in lines if line.endswith("\n")]  # the disk may have lost a part
+        self.log.truncate(sum(map(len, lines)))
         self.seconds = float(lines[-1].rpartition(",")[2]) if lines[1:] else 0.0
-        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-        replace_file(folder / "config.json", text.encode())
+        self.curve: list = []  # (steps, mean return) of each every-th row
+        self.newest: list = []  # and of the last one
+        self.every = 1
+        for row in csv.DictReader(lines):
+            self.plot(row)
+        replace_file(self.folder / "config.json", as_json(config).encode())
         say(f"training {config.env} for {total:,} steps; everything is kept in {folder}")
         self.clock = time.monotonic()
         self.save()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, failed, *error):
+        self.log.close()
+        if failed:
+            say(f"stopped; to go on: {launcher()} thrust.py --resume {self.folder}")
 
     def add(self, row: dict):
         """Logs an update; every few seconds, shows progress and saves."""
         now, mean, self.steps = time.monotonic(), row["mean_return"], row["steps"]
         self.seconds, self.clock = self.seconds + now - self.clock, now
-        with open(self.log, "a") as file:
-            if file.tell() == 0:
-                print(*row, "seconds", sep=",", file=file)
-            print(*row.values(), self.seconds, sep=",", file=file)
+        if self.log.seek(0, os.SEEK_END) == 0:
+            print(*row, "seconds", sep=",", file=self.log)
+        print(*row.values(), self.seconds, sep=",", file=self.log, flush=True)
+        self.plot(row)
         while self.bars and row["episodes"] >= 100 and mean >= self.bars[0]:
             at = f"mean return of 100 episodes, {self.steps:,} steps, {self.seconds:.1f} s"
             say(f"passed {self.bars.pop(0)}: {at}")
-        if self.pole and 7 * self.steps >= len(self.snapshots) * self.total:  # 8 in all
+        if self.pole and 7 * self.steps >= len(self.snapshots) * self.total:  # at most 8
             policy = {k: x.clone() for k, x in self.learner.policy.state_dict().items()}
             self.snapshots.append([self.steps, policy])
         if now - self.saved_at >= self.config.checkpoint_seconds or self.steps >= self.total:
@@ -1429,53 +1486,112 @@ class Run:
 
     def save(self):
         """Replaces the checkpoint and the page."""
-        with open(self.log, "r+", newline="") as file:
-            rows = [(int(r["steps"]), float(r["mean_return"])) for r in csv.DictReader(file)]
-            os.fsync(file.fileno())  # so that no row is missing that the checkpoint counts
+        os.fsync(self.log.fileno())  # so that no row is missing that the checkpoint counts
         saved = {name: getattr(self, name) for name in ("steps", "bars", "snapshots")}
-        saved["config"] = json.dumps(dataclasses.asdict(self.config))
+        saved["config"] = as_json(self.config)
         saved["learner"] = learner_state(self.learner)
         torch.save(saved, memory := io.BytesIO())
         replace_file(self.folder / "checkpoint.pt", memory.getvalue())
-        curve = rows[:: -(1 + len(rows) // 250)][::-1]  # every k-th row, and the last
         policies = [snapshot for snapshot in self.snapshots if snapshot[0] < self.steps]
         policies += [[self.steps, saved["learner"]["policy"]]] if self.pole else []
+        curve = list(dict(self.curve + self.newest).items())
         page = make_page(self.config, curve, policies, self.total)
         replace_file(self.folder / "page.html", page.encode())
         self.saved_at = time.monotonic()
 
+    def plot(self, row: dict):
+        """Adds a row of the log to the page's curve; of long runs, only every k-th."""
+        self.newest = [(int(row["steps"]), float(row["mean_return"]))]
+        if int(row["update"]) % self.every == 0:
+            self.curve += self.newest
+        if len(self.curve) == 500:
+            self.curve, self.every = self.curve[1::2], 2 * self.every
+
+
+def lock(file):
+    """Keeps other processes out while `file` is open. (On Windows, it does not.)"""
+    with contextlib.suppress(ImportError, OSError):  # or where the file system has no locks
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{file.name} belongs to a process that is running") from None
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process's rank, and the number of ranks; (0, 1) where it trains alone."""
+    dist = torch.distributed
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
 
 @contextlib.contextmanager
-def process_group(device: str):
-    """Gives this process's rank and the number of ranks. Joins the others, if torchrun started
-    this process and no group exists yet, and leaves them in the end."""
+def process_group():
+    """Joins the other ranks, if torchrun started this process and it has not joined them yet;
+    leaves them afterwards. Who hears nothing from another for five minutes gives up."""
     dist = torch.distributed
     ours = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     if ours:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend, timeout = "nccl" if device == "cuda" else "gloo", datetime.timedelta(minutes=5)
-        dist.init_process_group(backend, timeout=timeout)
-    together = dist.is_available() and dist.is_initialized()
-    yield (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        timeout = datetime.timedelta(minutes=5)
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        # The store may remember ranks of before a restart: each start gets keys of its own.
+        store = dist.PrefixStore(str((store.add("started", 1) - 1) // ranks), store)
+        dist.init_process_group("gloo", None, timeout, ranks, rank, store)  # CPU and CUDA
+    yield
     if ours:  # not after a failure: torchrun then ends all, and leaving would wait for others
-        dist.barrier()
         dist.destroy_process_group()
+
+
+def from_rank_0(make):
+    """What `make()` returns on rank 0, on all ranks; likewise a ValueError that it raises."""
+    (rank, ranks), given = rank_and_count(), [None]
+    if rank == 0:
+        try:
+            given = [make()]
+        except ValueError as error:
+            given = [error]
+    if ranks > 1:
+        torch.distributed.broadcast_object_list(given)
+    if isinstance(given[0], ValueError):
+        raise given[0]
+    return given[0]
+
+
+def launcher() -> str:
+    """The command that starts as many ranks as there are now."""
+    ranks = rank_and_count()[1]
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))  # on this machine
+    if ranks == 1:
+        return "python"
+    return f"torchrun --nnodes {ranks // each} --nproc-per-node {each}"
 
 
 def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Replaces `tensor`, in place, by its mean over all ranks."""
-    there = tensor.cuda() if torch.distributed.get_backend() == "nccl" else tensor
-    torch.distributed.all_reduce(there)
-    return tensor.copy_(there / torch.distributed.get_world_size())
+    torch.distributed.all_reduce(tensor)
+    return tensor.div_(torch.distributed.get_world_size())
 
 
 def row_of_all(row: dict, ranks: int) -> dict:
-    """The log's row of all ranks: their mean, or the sum of what each rank counts alone."""
+    """The log's row of all ranks: the mean of theirs, or the sum of steps and episodes."""
     sums = "steps", "episodes", "steps_per_second"
     means = mean_over_ranks(torch.tensor(list(row.values()), dtype=torch.float64)).tolist()
     both = [(name, x * ranks if name in sums else x) for name, x in zip(row, means)]
     return {name: round(x) if type(row[name]) is int else x for name, x in both}
+
+
+def config_of_rank(config: Config, rank: int, ranks: int) -> Config:
+    """The config with a seed and a share of the steps of its own. ValueError, on all ranks, if
+    their configs differ in knobs outside OWN."""
+    configs: list = [None] * ranks
+    torch.distributed.all_gather_object(configs, config)
+    for name in {field.name for field in dataclasses.fields(Config)} - OWN:
+        values = [getattr(each, name) for each in configs]
+        if len(set(values)) > 1:
+            raise ValueError(f"all ranks must have the same {name}; they have {values}")
+    seed, share = derive_seed(config.seed, 4, rank), config.total_steps // ranks
+    return dataclasses.replace(config, seed=seed, total_steps=share)
 
 
 # What `train` returns. Only rank 0 has `returns`, (episodes,), and `run`, its folder.
@@ -1493,51 +1609,64 @@ def resumable(run, old: Config, saved: dict, config: Config) -> dict:
     return saved
 
 
+def starting_point(config: Config, resume, restarted: bool) -> tuple[Any, dict]:
+    """The run to go on with, and what was saved of it; or None and {}. After torchrun has
+    restarted its ranks, that is the newest of this config, unless it is finished."""
+    if resume is None and restarted:
+        files = sorted(pathlib.Path(config.runs).glob("*/checkpoint.pt"), key=os.path.getmtime)
+        configs = [file.with_name("config.json").read_text() for file in files]
+        same = [file.parent for file, text in zip(files, configs) if text == as_json(config)]
+        rollout = config.batch_size * rank_and_count()[1]  # in steps of all ranks
+        if same and load_checkpoint(same[-1])[1]["steps"] + rollout <= config.total_steps:
+            resume = same[-1]
+    if resume is None:
+        return None, {}
+    return resume, resumable(resume, *load_checkpoint(resume), config)
+
+
 def train(config: Config, *, resume=None) -> Result:
     """Trains as `config` says in a new folder, or goes on with the run in the folder `resume`;
-    then evaluates the policy. Under torchrun, with other ranks. Sets threads and global seeds.
+    then evaluates the policy. Under torchrun, with other ranks. Sets torch's threads and,
+    without workers, the seeds of global generators.
 
-    Raises ValueError for a run that cannot be resumed, or not with this config; RuntimeError
-    for NaN or infinity; WorkerError for a failed worker; OSError where a file cannot be
-    written. The last checkpoint is then whole."""
+    Raises ValueError for a run that cannot be resumed, or not with this config, and for ranks
+    that do not fit together; RuntimeError for NaN or infinity; WorkerError for a failed worker;
+    OSError where a file cannot be written. The last checkpoint is then whole."""
     torch.set_num_threads(config.threads)
-    with process_group(config.device) as (rank, ranks):
-        saved = (
-            resumable(resume, *load_checkpoint(resume), config) if resume and not rank else {}
-        )
-        own, average = config, None
+    with process_group():
+        (rank, ranks), own, average = rank_and_count(), config, None
+        restarts = torch.tensor(float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
         if ranks > 1:
-            average = mean_over_ranks
-            seed, share = derive_seed(config.seed, 4, rank), config.total_steps // ranks
-            own = dataclasses.replace(config, seed=seed, total_steps=share)
+            own, average = config_of_rank(config, rank, ranks), mean_over_ranks
+            average(restarts)  # torchrun counts those of each machine
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        run, saved = from_rank_0(lambda: starting_point(config, resume, restarts.item() > 0))
         with contextlib.closing(make_envs(own)) as envs:
             learner = PPO(envs, own, average=average)
-            state = [saved.get("learner"), saved.get("steps", 0)]
-            if ranks > 1:  # all begin with rank 0's
-                state[0] = state[0] or learner_state(learner)
-                torch.distributed.broadcast_object_list(state)
-            if state[0]:
-                restore(learner, state[0], exactly=ranks == 1)
-                learner.steps = state[1] // ranks  # the number of ranks may have changed
+            if saved:
+                restore(learner, saved["learner"], exactly=ranks == 1)
+                learner.steps = saved["steps"] // ranks  # which may be more or fewer now
+            elif ranks > 1:
+                for p in learner.policy.parameters():
+                    torch.distributed.broadcast(p.detach(), 0)
             updates = (own.total_steps - learner.steps) // own.batch_size  # to go
-            if rank == 0:
-                folder = pathlib.Path(resume) if resume else new_folder(config)
-                total = (learner.steps + updates * own.batch_size) * ranks
-                run = Run(folder, config, learner, saved, total)
-            try:
+            total = (learner.steps + updates * own.batch_size) * ranks
+            with contextlib.ExitStack() as stack:
+                if rank == 0:
+                    run = Run(run or new_folder(config), config, learner, saved, total)
+                    stack.enter_context(run)
                 for _ in range(updates):
                     row = learner.update()
                     row = row_of_all(row, ranks) if ranks > 1 else row
                     if rank == 0:
                         run.add(row)
-            except BaseException:
-                if rank == 0:
-                    say(f"stopped; to go on: python thrust.py --resume {folder}")
-                raise
+        if ranks > 1:
+            torch.distributed.barrier()  # nobody leaves while others still send
     if rank > 0:
         return Result(learner.policy, np.zeros(0), None)
-    say(f"page: {folder / 'page.html'}")
-    return Result(learner.policy, tell_evaluation(learner.policy, config), folder)
+    say(f"page: {run.folder / 'page.html'}")
+    return Result(learner.policy, tell_evaluation(learner.policy, config), run.folder)
 
 
 # ==============================================================================================
@@ -1545,9 +1674,10 @@ def train(config: Config, *, resume=None) -> Result:
 # ==============================================================================================
 
 
+@process_group()
 def main(argv=None):
     """Runs the command line, where every knob of Config is a flag; returns the exit code."""
-    sys.path.append(os.getcwd())  # where --env finds modules too
+    sys.path.append(os.getcwd())  # so that --env finds modules there
     if hasattr(sys.stdout, "reconfigure"):  # pytest's stdout lacks it
         sys.stdout.reconfigure(errors="replace")  # for consoles without "±"
     parser = argparse.ArgumentParser(
@@ -1573,7 +1703,7 @@ def main(argv=None):
             config = Config(**({**CARTPOLE, **knobs} if pole else knobs))
         else:
             run = evaluated if resume is None else resume
-            old, saved = load_checkpoint(run)
+            old, saved = from_rank_0(lambda: load_checkpoint(run))
             config = dataclasses.replace(old, **knobs)
             if resume is not None:
                 resumable(run, old, saved, config)
@@ -1582,11 +1712,10 @@ def main(argv=None):
     except ValueError as error:
         parser.error(str(error))
     try:
-        if evaluated is not None:
-            torch.set_num_threads(config.threads)
-            tell_evaluation(load(evaluated).to(config.device), config)
-        else:
+        if evaluated is None:
             train(config, resume=resume)
+        elif rank_and_count()[0] == 0:
+            tell_evaluation(load(evaluated).to(config.device), config)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -1735,5 +1864,5 @@ def make_page(config: Config, curve: list, policies: list, total: int) -> str:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # or Python would look for garbage in all that was imported, before it ends
+    gc.freeze()  # else Python, before it ends, would look for garbage in all that it imported
     sys.exit(main())

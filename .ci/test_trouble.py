@@ -28,9 +28,11 @@ from numpy.random import default_rng
 
 import thrust
 from test_thrust import (
+    PROGRAMS,
     SOURCE,
     ZEROS,
     Faulty,
+    Game,
     assert_same_run,
     log_of,
     oracle,
@@ -122,6 +124,33 @@ def test_environments_may_start_processes_and_are_closed_also_after_exceptions(t
         assert sorted(closed.read_text().split()) == ["1", "3", "4"]
 
 
+def sleepers():
+    """The processes of this test run that Littering's steps have begun."""
+    return subprocess.run(["pgrep", "-f", f"sleep 3{os.getpid()}"], stdout=-1).stdout.split()
+
+
+class Littering(thrust.CartPole):
+    """Each step starts a process, which nobody ends; the second never returns."""
+
+    def step(self, actions):
+        subprocess.Popen(["sleep", f"3{os.getppid()}"])  # workers are forks of the learner
+        while self._steps.any():
+            pass
+        return super().step(actions)
+
+
+@LINUX
+@pytest.mark.parametrize("hang", [False, True])
+def test_nothing_is_left_of_what_environments_have_started(hang):
+    pool = start_pool(Littering, 4, 2, timeout=1)
+    with pytest.raises(thrust.WorkerError) if hang else pool:
+        pool.step(ZEROS[:4])
+        assert len(sleepers()) == 2
+        if hang:
+            pool.step(ZEROS[:4])
+    assert not sleepers()
+
+
 @LINUX
 def test_workers_end_with_a_learner_that_is_killed_even_where_they_are_stuck(in_tmp):
     process = start(SOURCE, "--env", "test_trouble:stuck", "--workers", 2, *SMALL)
@@ -181,12 +210,87 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_whole(in_tmp, monke
     assert len(log_of("runs/CartPole-0")) == 6
 
 
+def test_a_run_that_another_process_has_is_refused_and_can_be_resumed_later(in_tmp):
+    process = start(SOURCE, "--total-steps", 10**7, "--checkpoint-seconds", 0.05)
+    wait_for_rows(process, (run := in_tmp / "runs/CartPole-0") / "log.csv", 8)
+    config, _ = thrust.load_checkpoint(run)
+    with pytest.raises(ValueError, match=r"log.csv belongs to a process that is running"):
+        thrust.train(config, resume=run)
+    wait_for_rows(process, run / "log.csv", len(log_of(run)) + 8)  # undisturbed
+    process.kill()
+    process.communicate()
+    steps = thrust.load_checkpoint(run)[1]["steps"]
+    thrust.train(dataclasses.replace(config, total_steps=steps + 4096), resume=run)
+    assert [int(row["steps"]) for row in log_of(run)] == [*range(2048, steps + 4097, 2048)]
+
+
+@pytest.mark.parametrize("cut", [40, 3, 1, -3, -9])
+def test_a_log_that_was_cut_within_a_row_goes_on_with_whole_rows(cut, in_tmp):
+    run = thrust.train(small(total_steps=384)).run
+    text = (run / "log.csv").read_text()
+    # rows are missing that the checkpoint counts; or part of a row follows that it does not
+    (run / "log.csv").write_text(text[:-cut] if cut > 0 else text + text[-40:cut])
+    thrust.train(small(), resume=run)
+    steps = [int(row["steps"]) for row in log_of(run)]
+    assert steps == [128 * (i + 1) for i in range(6) if i != 2 or cut < 0]
+    assert all(None not in row and None not in row.values() for row in log_of(run))
+
+
+class Locked(thrust.CartPole):
+    def step(self, actions):
+        raise ValueError("the door is closed")
+
+
+def test_what_an_environment_raises_is_a_traceback_with_kind_place_and_text(in_tmp):
+    process = start(SOURCE, "--env", "test_trouble:Locked")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error.endswith("ValueError: the door is closed\n")
+    assert re.search(r'test_trouble.py", line \d+, in step\n', error)
+
+
+class Changing(Game):
+    width = 4
+
+    def __init__(self, num_envs):
+        super().__init__(num_envs, scale=(1.0,) * self.width)
+
+
+def test_a_checkpoint_of_other_spaces_is_refused_and_left_as_it_is(in_tmp, monkeypatch):
+    config = small(env="test_trouble:Changing")
+    run = thrust.train(config).run
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    monkeypatch.setattr(Changing, "width", 6)
+    for call in (lambda: thrust.load(run), lambda: thrust.train(config, resume=run)):
+        with pytest.raises(RuntimeError, match=r"size mismatch for actor.0.weight: .* 4.* 6"):
+            call()
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_a_file_that_somebody_reads_is_replaced_a_moment_later(tmp_path):
+    path, held = tmp_path / "page.html", [PermissionError, PermissionError, mock.DEFAULT]
+    with mock.patch.object(os, "replace", wraps=os.replace, side_effect=held) as replace:
+        thrust.replace_file(path, b"new")
+    assert path.read_bytes() == b"new" and replace.call_count == 3
+    refused = mock.patch.object(os, "replace", side_effect=PermissionError)  # as on Windows
+    with refused, pytest.raises(PermissionError):
+        thrust.replace_file(path, b"newer")
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"new"
+
+
+def test_config_json_is_json(undisturbed):
+    def refuse(text):
+        raise ValueError(text)
+
+    text = (undisturbed[1].run / "config.json").read_text()
+    assert json.loads(text, parse_constant=refuse)["env"] == "CartPole"  # no NaN or Infinity
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such links")
 def test_a_runs_folder_that_cannot_be_made_is_an_error_and_no_endless_loop(in_tmp):
     os.symlink(in_tmp / "nowhere" / "at all", in_tmp / "dangling")
     (in_tmp / "file").write_text("")
     for runs in ("dangling", "file"):
-        with pytest.raises(OSError, match=runs):
+        with pytest.raises(OSError, match=rf"File exists: '{runs}'"):
             thrust.train(small(runs=runs))
 
 
@@ -291,21 +395,60 @@ def test_two_ranks_under_torchrun_log_save_and_go_on_after_a_kill(in_tmp):
         launcher = "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port"
         return start(*launcher, port + os.getpid() % 10_000, SOURCE, *flags)
 
-    flags = "--num-envs 4 --num-steps 16 --minibatch-size 32 --total-steps 5120 --norm-obs"
+    flags = "--num-envs 4 --num-steps 16 --minibatch-size 32 --total-steps 5247 --norm-obs"
     flags += " --norm-reward --target-kl 0.002 --eval-episodes 4"
     process, run = torchrun(20_000, *flags.split()), in_tmp / "runs/CartPole-0"
     wait_for_rows(process, run / "log.csv", 8)
-    process.terminate()  # torchrun passes it on
-    process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[0]
+    how = "torchrun --nnodes 1 --nproc-per-node 2 thrust.py --resume runs/CartPole-0"
+    assert f"stopped; to go on: {how}" in told
     resumed = torchrun(30_000, "--resume", run)
     out, err = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, err
     assert re.search(r"\npage: .*\nevaluation: .*\nweights: .*\n$", out)
     assert out.count("training CartPole for 5,120 steps") == 1
+    assert "Finished: 5,120 steps" in (run / "page.html").read_text(encoding="utf-8")
     assert [int(row["steps"]) for row in log_of(run)] == [128 * (i + 1) for i in range(40)]
     alone = dataclasses.replace(thrust.load_checkpoint(run)[0], total_steps=5376)
     thrust.train(alone, resume=run)  # one rank goes on with what two have played
     assert [int(row["steps"]) for row in log_of(run)][-5:] == [5120, 5184, 5248, 5312, 5376]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.1", reason="older torch's own ranks fail or hang")
+def test_what_readme_says_of_two_hosts():
+    script, is_root = HERE.with_name("two-hosts"), getattr(os, "geteuid", lambda: 1)() == 0
+    if not is_root or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2: apt-get install iproute2")
+    done = subprocess.run(["bash", script, sys.executable], stdout=-1, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.endswith("all of it is true\n"), done.stdout
+
+
+def spawn_everywhere():
+    """What macOS and Windows do, with README's own environment, in workers."""
+    program = next(p for p in PROGRAMS if "class Walk" in p)
+    pathlib.Path("walk.py").write_text(program)
+    sys.path.append(os.getcwd())
+    with mock.patch.object(thrust.mp, "get_context", return_value=mp.get_context("spawn")):
+        thrust.main(
+            [
+                "--env",
+                "walk:Walk",
+                "--workers",
+                "2",
+                "--total-steps",
+                "4096",
+                "--eval-episodes",
+                "2",
+            ]
+        )
+
+
+def test_a_run_works_where_processes_are_spawned(in_tmp):
+    process = mp.get_context("spawn").Process(target=spawn_everywhere)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and (in_tmp / "runs/walk-Walk-0/page.html").exists()
 
 
 # == The page ==================================================================================
