@@ -138,8 +138,7 @@ class Game:
         return self.obs.copy(), reward, terminated, truncated, {"final_obs": reached}
 
 
-class Endless(Game):
-    rates = np.zeros(3)
+Endless = type("Endless", (Game,), {"rates": np.zeros(3)})
 
 
 # == 1. Config =================================================================================
@@ -831,13 +830,10 @@ REFUSED = {  # what is said, and when
     "^num_envs must be int from 1 to 1000000; got 0": lambda: small(num_envs=0),
     "^num_envs must be .*; got 64.0": lambda: small(num_envs=64.0),
     "^num_envs must be .*; got True": lambda: small(num_envs=True),
-    "^num_envs must be .*; got inf": lambda: small(num_envs=math.inf),
     "^num_envs must be .*; got .64.": lambda: small(num_envs=[64]),
     "^gamma must be float from 0.0 to 1; got nan": lambda: small(gamma=math.nan),
-    "^gamma must be .*; got '1'": lambda: small(gamma="1"),
     "^anneal must be bool; got 1": lambda: small(anneal=1),
     "^hidden must be a tuple of int from 1 to 100000; got 64": lambda: small(hidden=64),
-    "^hidden must be .*; got .64, 0": lambda: small(hidden=(64, 0)),
     "^hidden must be .*; got ..64": lambda: small(hidden=((64,),)),
     "^one rollout, num_envs .* = 128, must be .* = 127": lambda: small(total_steps=127),
     "^one rollout, num_envs .* = 1, must be from 2": lambda: small(num_envs=1, num_steps=1),
@@ -1122,10 +1118,6 @@ def test_a_worker_that_fails_is_one_error(faulty, method):
 # == 8. Runs ===================================================================================
 
 
-def gymnasium_cartpole(num_envs):
-    return gymnasiums("CartPole-v1", num_envs, max_episode_steps=20)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A finished run, to compare others with: (config, result)."""
@@ -1144,13 +1136,12 @@ def assert_same_run(result, other):
 
 
 class Wide(thrust.CartPole):
-    """Returns float64 in a space of float32."""
-
-    def _observe(self):
+    def _observe(self):  # float64 in a space of float32
         return self._state.T.copy()
 
 
-ENVS = ["CartPole", "test_thrust:Wide", "test_thrust:gymnasium_cartpole", "Acrobot-v1"]
+sync_poles = functools.partial(gymnasiums, "CartPole-v1", max_episode_steps=20)
+ENVS = ["CartPole", "test_thrust:Wide", "test_thrust:sync_poles", "Acrobot-v1"]
 
 
 @pytest.mark.parametrize("env", ENVS)
@@ -1289,7 +1280,6 @@ def test_the_default_run_solves_cartpole_and_says_what_it_does(in_tmp, capsys):
 # == 9. Command line ===========================================================================
 
 WRONG_FLAGS = {
-    "--num-envs many": "argument --num-envs: invalid int value: 'many'",
     "--num-envs 0": "num_envs must be int from 1 to 1000000; got 0",
     "--num-env 4": "unrecognized arguments: --num-env 4",
     "--resume a --evaluate b": "not allowed with argument",
