@@ -4,28 +4,28 @@
 # ///
 """Measures thrust.py beside whichever of its peers are installed; asserts nothing.
 
-    pip install "gymnasium[box2d,mujoco]" stable-baselines3 sbx-rl    peers, each optional
+    pip install "gymnasium[box2d,mujoco]" stable-baselines3 envpool      peers, each optional
     python bench.py                      every section (learning takes hours)
-    python bench.py --only learning --quick    one seed of the cheap environments
-    python bench.py --quick              the same, with fewer rounds
     python bench.py --only pool solve    these sections
-    python bench.py --other OLD.py       beside another version of thrust.py
+    python bench.py --quick              fewer rounds and seeds
+    python bench.py --cleanrl ppo.py     beside CleanRL's, as it stands in its repository
+    python bench.py --peer-python PYTHON    to solve with sbx-rl, and CleanRL's (Gymnasium 0.29)
 
 Every table is Markdown. Contestants take turns within one run, so that the machine's moods fall
 on all of them alike. A figure is the median of the rounds, with the smallest and the largest in
 brackets; a ratio is the median of the rounds' own ratios, and above 1 where Thrust is ahead."""
 
 import argparse
+import contextlib
 import inspect
 import os
-import pkgutil
 import re
-import shutil
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
 from functools import partial
 from importlib import import_module, metadata, util
 from multiprocessing.pool import ThreadPool
@@ -36,11 +36,10 @@ import torch
 
 import thrust
 
-gym = util.find_spec("gymnasium") and import_module("gymnasium")
-has_sb3, has_sbx = map(util.find_spec, ("stable_baselines3", "sbx"))
-
+PACKAGES = "gymnasium", "stable_baselines3", "envpool", "mujoco", "Box2D"
+has = {name: bool(util.find_spec(name)) for name in PACKAGES}
+# RL-Zoo's settings for CartPole, those of CleanRL's ppo.py, and others', in Thrust's words
 RAW = {"norm_obs": False, "norm_reward": False, "total_steps": 8192}
-# RL-Zoo's settings for CartPole and those of CleanRL's ppo.py, in Thrust's words
 ZOO = {"num_envs": 8, "num_steps": 32, "minibatch_size": 256, "epochs": 20, "gamma": 0.98}
 ZOO |= {"gae_lambda": 0.8, "learning_rate": 1e-3, **RAW}
 CLEANRL = {"num_envs": 4, "num_steps": 128, "minibatch_size": 128, "epochs": 4, "gamma": 0.99}
@@ -51,31 +50,13 @@ SETTINGS = {
     "CartPole, Thrust's (64 x 32)": {**thrust.CARTPOLE, "total_steps": 32_768},
     "CartPole, RL-Zoo's (8 x 32)": ZOO,
     "CartPole, CleanRL's (4 x 128)": CLEANRL,
-    "HalfCheetah-v5 (8 x 256)": {"env": "HalfCheetah-v5", **REAL},
-    "Hopper-v5 (8 x 256)": {"env": "Hopper-v5", **REAL},
-    "LunarLander-v3 (16 x 128)": {
-        **REAL, "env": "LunarLander-v3", "num_envs": 16, "num_steps": 128
-    },
-}  # fmt: skip
-
-# What `--only learning` trains for a million steps: flags beyond --env and --seed, and the
-# return that others report for PPO: RL-Zoo's benchmark.md, one run, settings tuned for each.
-GAMES = {
-    "Acrobot-v1": ("", "-73.5"),
-    "LunarLander-v3": ("", "242.1 (v2)"),
-    "Pendulum-v1": ("", "-172.2 (100,000 steps)"),
-    "BipedalWalker-v3": ("", "287.9 (5,000,000 steps)"),
-    "HalfCheetah-v5": ("", "5819 (v3)"),
-    "Hopper-v5": ("", "2410 (v3)"),
-    "Walker2d-v5": ("", "3479 (v3)"),
-    "Swimmer-v5": ("", "281.6 (v3)"),
-    "Taxi-v4": ("", ""),
-    "MountainCar-v0": (
-        "--num-steps 16 --minibatch-size 64 --epochs 4 --gae-lambda 0.98",
-        "-110.4",
-    ),
+    "HalfCheetah-v5 (8 x 256)": {**REAL, "env": "HalfCheetah-v5"},
+    "Hopper-v5 (8 x 256)": {**REAL, "env": "Hopper-v5"},
+    "LunarLander-v3 (8 x 256)": {**REAL, "env": "LunarLander-v3"},
 }
-CHEAP = "Acrobot-v1", "Pendulum-v1", "Taxi-v4"
+GAMES = "Acrobot-v1 Pendulum-v1 Taxi-v4 LunarLander-v3 BipedalWalker-v3 HalfCheetah-v5"
+GAMES = f"{GAMES} Hopper-v5 Walker2d-v5 Swimmer-v5 MountainCar-v0".split()
+FLAGS = {"MountainCar-v0": "--num-steps 16 --minibatch-size 64 --epochs 4 --gae-lambda 0.98"}
 
 
 def take_turns(rounds, *contestants):
@@ -90,6 +71,7 @@ def take_turns(rounds, *contestants):
                 began = time.perf_counter()
                 steps = next(run)
                 seconds += [(time.perf_counter() - began) / steps] if i else []
+                run.close()
     return results
 
 
@@ -113,9 +95,9 @@ def table(title, header, rows):
         print("| " + " | ".join(map(str, line)) + " |", flush=True)
 
 
-def stepping(envs):
-    """A contestant that steps `envs` with random actions for half a second."""
-    actions, steps = np.random.default_rng(0).integers(0, 2, (32, envs.num_envs)), 0
+def stepping(envs, n):
+    """A contestant that steps n environments with random actions for half a second."""
+    actions, steps = np.random.default_rng(0).integers(0, 2, (32, n), np.int32), 0
     yield
     until = time.perf_counter() + 0.5
     while time.perf_counter() < until:
@@ -124,82 +106,73 @@ def stepping(envs):
     yield steps
 
 
-def step_in_turns(args, *envs):
-    """The seconds per step of all N, round by round, of each of `envs` that is not missing."""
-    for each in filter(None, envs):
-        each.reset(seed=0)
-    results = take_turns(3 if args.quick else 11, *(e and partial(stepping, e) for e in envs))
-    for each in filter(None, envs):
-        each.close()
-    return results
+def step_in_turns(args, n, *makers):
+    """The seconds per step of all n, round by round, of what each maker makes, if not false."""
+    with contextlib.ExitStack() as stack:
+        envs = [make and stack.enter_context(contextlib.closing(make())) for make in makers]
+        for each in filter(None, envs):
+            each.reset()
+        contestants = [each and partial(stepping, each, n) for each in envs]
+        return take_turns(3 if args.quick else 11, *contestants)
+
+
+def gymnasiums(name, n, mode):
+    """Makes Gymnasium's vector environment, or is false without Gymnasium."""
+    make_vec = has["gymnasium"] and import_module("gymnasium").make_vec
+    same_step = {} if mode == "vector_entry_point" else {"autoreset_mode": "SameStep"}
+    return make_vec and partial(make_vec, name, n, mode, same_step)
 
 
 def bench_cartpole(args):
     rows = []
-    for n in (1, 64, 4096):
-        make = gym and partial(gym.make_vec, "CartPole-v1", n)
-        ours, *theirs = step_in_turns(
-            args,
-            thrust.CartPole(n),
-            gym and make("vector_entry_point"),
-            gym and n <= 64 and make("sync", {"autoreset_mode": "SameStep"}),
-            args.other and args.other.CartPole(n),
-        )
+    for n in (64, 4096):
+        kinds = "vector_entry_point", "sync"
+        peers = [gymnasiums("CartPole-v1", n, kind) for kind in kinds[: 2 if n == 64 else 1]]
+        peers += [False] * (2 - len(peers))
+        pool = has["envpool"] and import_module("envpool").make_gymnasium
+        peers += [pool and partial(pool, "CartPole-v1", num_envs=n, num_threads=1)]
+        ours, *theirs = step_in_turns(args, n, partial(thrust.CartPole, n), *peers)
         figures = spread(ours, 1e-6), spread([n / s for s in ours])
         rows.append([n, *figures, *(ratio(s, ours) for s in theirs)])
     header = "N | µs per step of all N | environment steps/s | times CartPoleVectorEnv"
-    header += " | times SyncVectorEnv | times the other"
-    table("CartPole, random actions", header, rows)
+    header += " | times SyncVectorEnv | times envpool, one thread"
+    table("CartPole, random actions, one core", header, rows)
 
 
 class Slow(thrust.CartPole):
-    """CartPoles of which each takes 200 µs of Python more for a step."""
+    """CartPoles of which each takes some time of the processor's more for a step."""
 
-    SECONDS = 200e-6
+    def __init__(self, seconds, num_envs):
+        super().__init__(num_envs)
+        self.seconds = seconds * num_envs
 
     def step(self, actions):
-        # Of the processor's time: by the clock on the wall, two could share a core for nothing.
-        until = time.thread_time() + self.SECONDS * self.num_envs
+        until = time.thread_time() + self.seconds  # by the wall's clock, two could share a core
         while time.thread_time() < until:
             pass
         return super().step(actions)
 
 
-class Quick(Slow):
-    SECONDS = 20e-6
-
-
 def bench_pool(args):
-    rows, other = [], args.other
-    for make_env, n in (
-        (thrust.CartPole, 64),
-        (thrust.CartPole, 4096),
-        (Quick, 64),
-        (Slow, 64),
-    ):
-        fast, same_step = make_env is thrust.CartPole, {"autoreset_mode": "SameStep"}
-        none, one, two, *others = step_in_turns(
-            args,
-            make_env(n),
-            thrust.EnvPool(make_env, n, 1),
-            thrust.EnvPool(make_env, n, 2),
-            gym and fast and n == 64 and gym.make_vec("CartPole-v1", n, "async", same_step),
-            other and other.EnvPool(other.CartPole if fast else make_env, n, 2),
-        )
-        figures = [spread(seconds, 1e-6) for seconds in (none, one, two)]
-        rows.append([make_env.__name__, n, *figures, *(ratio(s, two) for s in (none, *others))])
-    header = "environment | N | no workers | 1 worker | 2 workers | 2 workers, times none"
-    header += " | times AsyncVectorEnv | times the other's 2 workers"
-    title = "EnvPool, µs per step of all N (Quick, Slow: 20, 200 µs of Python for each)"
-    table(title, header, rows)
+    rows, quick, slow = [], partial(Slow, 20e-6), partial(Slow, 200e-6)
+    kinds = ("CartPole", thrust.CartPole, 64), ("CartPole", thrust.CartPole, 4096)
+    for name, kind, n in (*kinds, ("20 µs each", quick, 64), ("200 µs each", slow, 64)):
+        peer = kind is thrust.CartPole and n == 64 and gymnasiums("CartPole-v1", n, "async")
+        makers = partial(kind, n), partial(thrust.EnvPool, kind, n, 2), peer
+        none, two, peers = step_in_turns(args, n, *makers)
+        both = spread(none, 1e-6), spread(two, 1e-6)
+        rows.append([name, n, *both, ratio(none, two), ratio(peers, two)])
+    header = (
+        "environment | N | no workers | 2 workers | times no workers | times AsyncVectorEnv"
+    )
+    table("EnvPool, µs per step of all N", header, rows)
 
 
-def thrust_loop(module, knobs, workers=0):
-    """A contestant: the training loop of thrust.py, or of another version of it."""
-    config = module.Config(**knobs)
-    make_env, n = partial(module.make_env, config.env), config.num_envs
-    with closing(module.EnvPool(make_env, n, workers) if workers else make_env(n)) as envs:
-        learner = module.PPO(envs, config)
+def thrust_loop(knobs, workers=0):
+    """A contestant: the training loop of thrust.py."""
+    config = thrust.Config(**knobs, workers=workers)
+    with contextlib.closing(thrust.make_envs(config)) as envs:
+        learner = thrust.PPO(envs, config)
         yield
         yield [learner.update() for _ in range(config.num_updates)][-1]["steps"]
 
@@ -218,104 +191,70 @@ def sb3_loop(knobs):
     from stable_baselines3.common.env_util import make_vec_env
 
     config = thrust.Config(**knobs)
-    name = "CartPole-v1" if config.env == "CartPole" else config.env
-    envs = make_vec_env(name, config.num_envs, seed=0)
+    envs = make_vec_env(knobs.get("env", "CartPole-v1"), config.num_envs, seed=0)
     model = PPO("MlpPolicy", envs, seed=0, device="cpu", **sb3_options(config))
     yield
     yield model.learn(config.total_steps).num_timesteps
+    envs.close()
+
+
+def cleanrl_loop(file, knobs):
+    """CleanRL's ppo.py, the whole script, at its own settings."""
+    command = [file, "--no-cuda", "--total-timesteps", str(knobs["total_steps"])]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory()))
+        )
+        stack.enter_context(mock.patch("sys.argv", command))
+        stack.enter_context(contextlib.redirect_stdout(None))
+        yield
+        runpy.run_path(file, run_name="__main__")
+        yield knobs["total_steps"]
 
 
 def bench_training(args):
-    rows = []
+    rows, able = [], all(has[name] for name in ("gymnasium", "mujoco", "Box2D"))
     for name, knobs in SETTINGS.items():
-        real = "env" in knobs
-        if real and not (gym and util.find_spec("mujoco") and util.find_spec("Box2D")):
+        if (real := "env" in knobs) and not able:
             continue
-        loops = [partial(thrust_loop, thrust), has_sb3 and sb3_loop]
-        loops += [args.other and partial(thrust_loop, args.other)]
-        loops += [real and partial(thrust_loop, thrust, workers=2)]
-        contestants = [loop and partial(loop, knobs) for loop in loops]
-        ours, *others = take_turns(3 if args.quick else 15, *contestants)
-        figures = [spread([1 / s for s in seconds]) for seconds in (ours, *others)]
-        *theirs, workers = others
-        rows.append([name, *figures, *(ratio(s, ours) for s in theirs), ratio(ours, workers)])
-    header = "settings | Thrust | Stable-Baselines3 | other | Thrust, 2 workers"
-    header += " | times SB3 | times the other | 2 workers, times none"
-    table("Training, environment steps per second, one thread", header, rows)
-
-
-def learn(job):
-    """Trains in a process of its own; returns the mean return of its 100 greedy episodes."""
-    name, seed, folder = job
-    flags = f"--env {name} --seed {seed} --total-steps 1000000 --runs {folder} {GAMES[name][0]}"
-    command = [sys.executable, thrust.__file__, *flags.split()]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    mean = re.search(r"evaluation: mean return (\S+)", output)[1]
-    print(f"{name}, seed {seed}: {mean}", file=sys.stderr, flush=True)  # it may take hours
-    return float(mean)
-
-
-def bench_learning(args):
-    names, seeds = (CHEAP, [1]) if args.quick else (GAMES, range(1, args.seeds + 1))
-    with tempfile.TemporaryDirectory() as folder, ThreadPool(os.cpu_count()) as pool:
-        jobs = [(name, seed, folder) for seed in seeds for name in names]
-        means = np.reshape(pool.map(learn, jobs, 1), (-1, len(names))).T.tolist()
-    rows = [[name, GAMES[name][0], spread(x), GAMES[name][1]] for name, x in zip(names, means)]
-    header = "environment | flags | mean return of 100 greedy episodes | RL-Zoo's PPO, one run"
-    table(f"After 1,000,000 steps, seeds 1 to {len(seeds)}", header, rows)
-
-
-PARTS = """thrust.PPO.update thrust.PPO._collect thrust.CartPole.step thrust.ActorCritic.act
-thrust.PPO._advantages thrust.PPO._improve
-thrust.ppo_loss torch.Tensor.backward thrust.Adam.step"""
-
-
-def bench_profile(args):
-    config = thrust.Config(**thrust.CARTPOLE)
-    seconds = {part: [] for part in PARTS.split()}
-    learner = thrust.PPO(thrust.CartPole(config.num_envs), config)
-
-    def timed(part, function):
-        def run(*arguments, **keywords):
-            began = time.perf_counter()
-            result = function(*arguments, **keywords)
-            seconds[part][-1] += time.perf_counter() - began
-            return result
-
-        return run
-
-    for part in seconds:
-        mock.patch(part, timed(part, pkgutil.resolve_name(part))).start()
-    for _ in range(config.num_updates * (1 if args.quick else 5)):
-        for each in seconds.values():
-            each.append(0.0)
-        learner.update()
-    mock.patch.stopall()
-    rows = []
-    for part, times in seconds.items():
-        share = np.median(np.divide(times, seconds["thrust.PPO.update"]))
-        rows.append([f"`{part}`", spread(times, 1e-3), f"{100 * share:.1f} %"])
-    title = "One update, one thread; _collect calls step and act, _improve the last three"
-    table(title, "call | ms | share", rows)
+        loops = [thrust_loop, has["stable_baselines3"] and sb3_loop]
+        loops += [knobs is CLEANRL and args.cleanrl and partial(cleanrl_loop, args.cleanrl)]
+        loops += [real and partial(thrust_loop, workers=2)]
+        results = take_turns(3 if args.quick else 11, *(x and partial(x, knobs) for x in loops))
+        figures = [spread([1 / s for s in seconds]) for seconds in results[:3]]
+        ours, sb3, cleanrl, workers = results
+        rows.append(
+            [name, *figures, ratio(sb3, ours), ratio(cleanrl, ours), ratio(ours, workers)]
+        )
+    header = "settings | Thrust | Stable-Baselines3 | CleanRL | times SB3 | times CleanRL"
+    table("Training, steps/s, one thread", header + " | 2 workers, times none", rows)
 
 
 # Starts a process from a small one: to Linux a process had the memory of what started it.
 LAUNCH = """import os, sys
-used = os.wait4(os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), 0)[2]
-print("used", used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"""
+child = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:])
+print(child, flush=True)
+print(os.wait4(child, 0)[2].ru_maxrss / 1024)"""
 
 
 def watch(command):
-    """Of a process: seconds and steps until 475 passed; seconds, CPU seconds, MB in all."""
+    """Of a process: seconds and steps until 475 was passed, and its memory in MB."""
+    passed, returns, began = (np.inf, np.inf), [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        passed, began = (np.inf, np.inf), time.perf_counter()
+        command = [sys.executable, "-ISc", LAUNCH, *command]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+        child = int(process.stdout.readline())
         for line in process.stdout:
-            seconds = time.perf_counter() - began
-            if line.startswith("passed 475"):
-                passed = seconds, int(re.search(r"([\d,]+) steps", line)[1].replace(",", ""))
+            if episode := re.search(r"global_step=(\d+), episodic_return=\[?([\d.]+)", line):
+                returns.append(float(episode[2]))  # CleanRL's tells each, and does not end
+                if len(returns) >= 100 and np.mean(returns[-100:]) >= 475:
+                    line = f"passed 475, {episode[1]} steps"
+                    os.kill(child, signal.SIGTERM)
+            if line.startswith("passed 475") and passed[0] == np.inf:
+                steps = re.search(r"([\d,]+) steps", line)[1].replace(",", "")
+                passed = time.perf_counter() - began, int(steps)
         process.wait()
-    return *passed, seconds, *map(float, line.split()[1:])
+    return *passed, float(line)
 
 
 def solve(PPO, seed, num_envs, options):
@@ -340,52 +279,70 @@ def solve(PPO, seed, num_envs, options):
 
 def bench_solve(args):
     def peer(python, module):
-        call = f"solve({module}.PPO, int(sys.argv[1]), {ZOO['num_envs']}, {options})"
+        call = f"solve({module}.PPO, int(sys.argv[2]), {ZOO['num_envs']}, {options})"
         program = f"import sys, torch, {module}\n{inspect.getsource(solve)}\n{call}"
-        return [python, "-c", program]
+        return [python, "-c", program, "--seed"]
 
-    options, sbx_python = sb3_options(thrust.Config(**ZOO)), args.peer_python or sys.executable
-    commands = {
-        "Thrust": [sys.executable, thrust.__file__, "--seed"],
-        "other": args.other and [sys.executable, args.other.__file__, "--seed"],
-        "Stable-Baselines3": has_sb3 and peer(sys.executable, "stable_baselines3"),
-        "SBX (JAX)": (has_sbx or args.peer_python) and peer(sbx_python, "sbx"),
-    }
-    seeds, rows = 2 if args.quick else 10, []
-    runs = {name: [] for name, command in commands.items() if command}
-    for seed in range(1, seeds + 1):
+    options, python = sb3_options(thrust.Config(**ZOO)), args.peer_python
+    commands = {"Thrust": [sys.executable, thrust.__file__, "--seed"]}
+    if has["stable_baselines3"]:
+        name = "Stable-Baselines3, RL-Zoo's settings"
+        commands[name] = peer(sys.executable, "stable_baselines3")
+    if python:
+        commands["SBX (JAX), the same"] = peer(python, "sbx")
+    if python and args.cleanrl:
+        commands["CleanRL's ppo.py"] = [python, "-u", args.cleanrl, "--no-cuda", "--seed"]
+    runs, seeds = {name: [] for name in commands}, range(1, 1 + args.seeds)
+    for seed in seeds:
         for name, results in runs.items():
-            results.append(watch([sys.executable, "-ISc", LAUNCH, *commands[name], str(seed)]))
+            results.append(watch([*commands[name], str(seed)]))
+    rows, first = [], next(zip(*runs["Thrust"]))
     for name, results in runs.items():
-        passed, *others = zip(*results)
-        times = "" if name == "Thrust" else ratio(passed, next(zip(*runs["Thrust"])))
-        rows.append([name, spread(passed), times, *map(spread, others)])
-    header = "whole process (peers stop at 475) | 475 passed, s | Thrust, times that"
-    header += " | environment steps by then | process ends, s | CPU seconds | peak MB"
-    table(f"Until 100 episodes have a mean return of 475, seeds 1 to {seeds}", header, rows)
+        passed, steps, memory = zip(*results)
+        rows.append([name, spread(passed), ratio(passed, first), spread(steps), spread(memory)])
+    header = "whole process | 475 passed, s | Thrust, times that | steps by then | peak MB"
+    table(
+        f"Until 100 episodes have a mean return of 475, seeds 1 to {args.seeds}", header, rows
+    )
+
+
+def learn(job):
+    """Trains in a process of its own; returns the mean return of its 100 greedy episodes."""
+    name, seed, folder = job
+    flags = f"--env {name} --seed {seed} --total-steps 1000000 --runs {folder}"
+    command = [sys.executable, thrust.__file__, *flags.split(), *FLAGS.get(name, "").split()]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    mean = re.search(r"evaluation: mean return (\S+)", output)[1]
+    print(f"{name}, seed {seed}: {mean}", file=sys.stderr, flush=True)  # it may take hours
+    return float(mean)
+
+
+def bench_learning(args):
+    names = GAMES[:3] if args.quick else GAMES
+    with tempfile.TemporaryDirectory() as folder, ThreadPool(os.cpu_count()) as pool:
+        jobs = [(name, 1 + seed, folder) for seed in range(args.seeds) for name in names]
+        means = np.reshape(pool.map(learn, jobs, 1), (-1, len(names))).T.tolist()
+    rows = [[name, FLAGS.get(name, ""), spread(x)] for name, x in zip(names, means)]
+    header = "environment | flags | mean return of 100 greedy episodes"
+    table(f"After 1,000,000 steps, seeds 1 to {args.seeds}", header, rows)
 
 
 def main():
-    names = ["cartpole", "pool", "training", "profile", "solve", "learning"]
+    sections = {name[6:]: f for name, f in globals().items() if name.startswith("bench_")}
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and seeds")
-    parser.add_argument("--only", choices=names, nargs="+", help="measure these sections")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds per environment to learn")
-    parser.add_argument("--other", metavar="FILE", help="another version of thrust.py")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, cheap environments")
+    parser.add_argument("--only", choices=sections, nargs="+", help="measure these sections")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds to solve and to learn with")
+    parser.add_argument("--cleanrl", type=os.path.abspath, help="the file of CleanRL's ppo.py")
     parser.add_argument("--peer-python", type=os.path.abspath, help="a Python with sbx-rl")
     args = parser.parse_args()
     torch.set_num_threads(1)
     processor = subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").partition(": ")[2]
-    packages = filter(util.find_spec, ("numpy", "torch", "gymnasium", "stable_baselines3"))
+    packages = ("numpy", "torch", *(name for name in PACKAGES[:3] if has[name]))
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     print(f"{os.cpu_count()} cores, {processor}, Python {sys.version.split()[0]}, {versions}")
-    with tempfile.TemporaryDirectory() as folder:
-        if args.other:  # under a name of its own, by which workers can import it as well
-            shutil.copy(args.other, f"{folder}/other_thrust.py")
-            sys.path.insert(0, folder)
-            args.other = import_module("other_thrust")
-        for name in args.only or names:
-            globals()[f"bench_{name}"](args)
+    for name in args.only or sections:
+        sections[name](args)
 
 
 if __name__ == "__main__":

@@ -942,8 +942,8 @@ PROGRAMS = [LOOP, *re.findall(r"```python\n(.*?)```", README, re.DOTALL)]
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
 def test_the_loop_of_part_5_and_the_programs_in_readme_run(number, in_tmp):
     """Each in the folder of a run."""
-    program = re.sub("1_000_000|200_000", "10_000", PROGRAMS[number])
-    for package in re.findall(r"^(?:import|from) (gymnasium|minatar|mpe2)", program, re.M):
+    program = PROGRAMS[number]
+    for package in re.findall(r"^(?:import|from) (gymnasium|minatar)", program, re.M):
         oracle(package)
     thrust.train(small())
     (in_tmp / "program.py").write_text(program + "\nimport sys\n\nprint(*sys.modules)\n")
@@ -952,17 +952,14 @@ def test_the_loop_of_part_5_and_the_programs_in_readme_run(number, in_tmp):
     assert number > 0 or (out.count("\n") == 98 and "torch._dynamo" not in out)
 
 
-@pytest.mark.parametrize("name", ["Walk", "Spread"])
-def test_readmes_own_environments_are_trained_alike_with_workers(name, in_tmp, capsys):
-    program = next(p for p in PROGRAMS if f"class {name}" in p)
-    if "mpe2" in program:
-        oracle("mpe2")
-    (in_tmp / f"of_{name}.py").write_text(program)
+def test_readmes_own_environment_is_learned_alike_with_workers(in_tmp, capsys):
+    program = next(p for p in PROGRAMS if "class Walk" in p)
+    (in_tmp / "my_game.py").write_text(program)
     for workers in "02":
-        flags = f"--env of_{name}:{name} --num-envs 12 --total-steps 24576 --workers {workers}"
+        flags = f"--env my_game:Walk --num-envs 12 --total-steps 24576 --workers {workers}"
         thrust.main([*flags.split(), "--eval-episodes", "12"])
     first, second = re.findall("evaluation: .*\nweights: .*", capsys.readouterr().out)
-    assert first == second and (name == "Spread" or "mean return 1.0 ± 0.0 over 12 " in first)
+    assert first == second and "mean return 1.0 ± 0.0 over 12 episodes" in first
 
 
 # == 7. EnvPool ================================================================================
