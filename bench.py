@@ -116,22 +116,22 @@ def step_in_turns(args, n, *makers):
         return take_turns(3 if args.quick else 11, *contestants)
 
 
-def gymnasiums(name, n, mode):
-    """Makes Gymnasium's vector environment, or is false without Gymnasium."""
+def gymnasiums(n, mode):
+    """Makes Gymnasium's CartPoles, or is false without Gymnasium."""
     make_vec = has["gymnasium"] and import_module("gymnasium").make_vec
     same_step = {} if mode == "vector_entry_point" else {"autoreset_mode": "SameStep"}
-    return make_vec and partial(make_vec, name, n, mode, same_step)
+    return make_vec and partial(make_vec, "CartPole-v1", n, mode, same_step)
 
 
 def bench_cartpole(args):
     rows = []
     for n in (64, 4096):
-        kinds = "vector_entry_point", "sync"
-        peers = [gymnasiums("CartPole-v1", n, kind) for kind in kinds[: 2 if n == 64 else 1]]
-        peers += [False] * (2 - len(peers))
         pool = has["envpool"] and import_module("envpool").make_gymnasium
-        peers += [pool and partial(pool, "CartPole-v1", num_envs=n, num_threads=1)]
-        ours, *theirs = step_in_turns(args, n, partial(thrust.CartPole, n), *peers)
+        ours, *theirs = step_in_turns(
+            args, n, partial(thrust.CartPole, n), gymnasiums(n, "vector_entry_point"),
+            n == 64 and gymnasiums(n, "sync"),
+            pool and partial(pool, "CartPole-v1", num_envs=n, num_threads=1),
+        )  # fmt: skip
         figures = spread(ours, 1e-6), spread([n / s for s in ours])
         rows.append([n, *figures, *(ratio(s, ours) for s in theirs)])
     header = "N | µs per step of all N | environment steps/s | times CartPoleVectorEnv"
@@ -157,7 +157,7 @@ def bench_pool(args):
     rows, quick, slow = [], partial(Slow, 20e-6), partial(Slow, 200e-6)
     kinds = ("CartPole", thrust.CartPole, 64), ("CartPole", thrust.CartPole, 4096)
     for name, kind, n in (*kinds, ("20 µs each", quick, 64), ("200 µs each", slow, 64)):
-        peer = kind is thrust.CartPole and n == 64 and gymnasiums("CartPole-v1", n, "async")
+        peer = kind is thrust.CartPole and n == 64 and gymnasiums(n, "async")
         makers = partial(kind, n), partial(thrust.EnvPool, kind, n, 2), peer
         none, two, peers = step_in_turns(args, n, *makers)
         both = spread(none, 1e-6), spread(two, 1e-6)
@@ -179,10 +179,10 @@ def thrust_loop(knobs, workers=0):
 
 def sb3_options(config):
     """The same settings in Stable-Baselines3's words."""
-    same = ("gamma", "gae_lambda", "learning_rate", "ent_coef", "vf_coef", "max_grad_norm")
-    names = {"n_steps": "num_steps", "batch_size": "minibatch_size", "n_epochs": "epochs"}
-    names |= {"clip_range": "clip", **dict(zip(same, same))}
-    return {theirs: getattr(config, ours) for theirs, ours in names.items()}
+    names = ["gamma", "gae_lambda", "learning_rate", "ent_coef", "vf_coef", "max_grad_norm"]
+    others = {"n_steps": config.num_steps, "batch_size": config.minibatch_size}
+    others |= {"n_epochs": config.epochs, "clip_range": config.clip}
+    return others | {name: getattr(config, name) for name in names}
 
 
 def sb3_loop(knobs):
@@ -283,17 +283,17 @@ def bench_solve(args):
         program = f"import sys, torch, {module}\n{inspect.getsource(solve)}\n{call}"
         return [python, "-c", program, "--seed"]
 
-    options, python = sb3_options(thrust.Config(**ZOO)), args.peer_python
-    commands = {"Thrust": [sys.executable, thrust.__file__, "--seed"]}
-    if has["stable_baselines3"]:
-        name = "Stable-Baselines3, RL-Zoo's settings"
-        commands[name] = peer(sys.executable, "stable_baselines3")
-    if python:
-        commands["SBX (JAX), the same"] = peer(python, "sbx")
-    if python and args.cleanrl:
-        commands["CleanRL's ppo.py"] = [python, "-u", args.cleanrl, "--no-cuda", "--seed"]
-    runs, seeds = {name: [] for name in commands}, range(1, 1 + args.seeds)
-    for seed in seeds:
+    options, here, there = sb3_options(thrust.Config(**ZOO)), sys.executable, args.peer_python
+    commands = {
+        "Thrust": [here, thrust.__file__, "--seed"],
+        "Stable-Baselines3": has["stable_baselines3"] and peer(here, "stable_baselines3"),
+        "SBX (JAX)": there and peer(there, "sbx"),
+        "CleanRL": there
+        and args.cleanrl
+        and [there, "-u", args.cleanrl, "--no-cuda", "--seed"],
+    }
+    runs = {name: [] for name, command in commands.items() if command}
+    for seed in range(1, 1 + args.seeds):
         for name, results in runs.items():
             results.append(watch([*commands[name], str(seed)]))
     rows, first = [], next(zip(*runs["Thrust"]))

@@ -1586,7 +1586,7 @@ def config_of_rank(config: Config, rank: int, ranks: int) -> Config:
     their configs differ in knobs outside OWN."""
     configs: list = [None] * ranks
     torch.distributed.all_gather_object(configs, config)
-    for name in {field.name for field in dataclasses.fields(Config)} - OWN:
+    for name in (field.name for field in dataclasses.fields(Config) if field.name not in OWN):
         values = [getattr(each, name) for each in configs]
         if len(set(values)) > 1:
             raise ValueError(f"all ranks must have the same {name}; they have {values}")
