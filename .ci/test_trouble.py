@@ -26,6 +26,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 
+import test_thrust
 import thrust
 from test_thrust import (
     PROGRAMS,
@@ -42,7 +43,7 @@ from test_thrust import (
     weights_of,
 )
 
-pytest_plugins = "test_thrust"  # its fixtures
+in_tmp, undisturbed = test_thrust.in_tmp, test_thrust.undisturbed  # fixtures
 HERE = pathlib.Path(__file__)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="sends signals and reads /proc")
 stuck = Faulty("hang", others="hang")
