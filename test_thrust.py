@@ -840,7 +840,7 @@ REFUSED = {  # what is said, and when
     "^config.num_envs is 8, envs has 3": lambda: learner_of(thrust.CartPole(3)),
     "must be SAME_STEP, not NextStep: give": lambda: learner_of(poles(metadata=NEXT_STEP)),
     "CartPole must be SAME_STEP, not 7": lambda: learner_of(poles(autoreset_mode=7)),
-    "is not a batch; GymEnvs": lambda: learner_of(Single()),
+    "is not a batch, with num_envs, .*; GymEnvs": lambda: learner_of(Single()),
     "zip.. argument 2 is shorter": lambda: thrust.GymEnvs(Single, 2).step([0]),
     "^text must be one of Box, Discrete; wrap": lambda: thrust.ActorCritic("text", TWO),
     "^text must be one of Discrete, .*Box; wrap": lambda: thrust.ActorCritic(BOX, "text"),

@@ -781,8 +781,9 @@ def put_step(results: tuple, obs, final_obs, reward, terminated, truncated) -> n
 
 def require_same_step(envs):
     """ValueError unless `envs` begins a new episode in the step that ends one."""
-    if not hasattr(envs, "num_envs"):
-        raise ValueError(f"{envs} is not a batch; GymEnvs(make, num_envs) makes one")
+    if not all(hasattr(envs, name) for name in ("num_envs", "reset", "step", "close")):
+        needed = "with num_envs, reset, step and close; GymEnvs(make, num_envs) makes one"
+        raise ValueError(f"{envs} is not a batch, {needed}")
     mode = getattr(envs, "metadata", {}).get("autoreset_mode")
     mode = getattr(envs, "autoreset_mode", mode)  # its own; metadata may be of all its class
     if getattr(mode, "value", mode) != "SameStep":  # Gymnasium's enum, or plain text
@@ -991,7 +992,11 @@ def say_once(text: str):
 
 def make_game(name: str):
     """One of Gymnasium's environments, with Dict and Tuple observations flattened."""
-    import gymnasium
+    try:
+        import gymnasium
+    except ImportError:
+        hint = "Gymnasium, which may know it, is not installed: pip install gymnasium"
+        raise ImportError(f"{name} is not Thrust's own, and {hint}") from None
     from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
     def is_numeric(space):
