@@ -1171,9 +1171,7 @@ class EnvPool(contextlib.AbstractContextManager):
         self.single_observation_space, self.single_action_space = obs, action
         self.num_envs, self.timeout, self._workers = num_envs, timeout, []
         context = mp.get_context(start_method or ("spawn" if os.name == "nt" else "forkserver"))
-        context.set_forkserver_preload(
-            ["numpy", "torch"]
-        )  # workers fork where these are loaded
+        context.set_forkserver_preload(["numpy", "torch"])  # loaded before workers fork
         # Shared: one record, whose fields are the arrays; the last two are the flags
         rows = action, obs, obs, np.float64(), np.bool_(), np.bool_()
         layout = np.dtype([("", row.dtype, (num_envs, *row.shape)) for row in rows], align=True)
@@ -1451,12 +1449,13 @@ class Run:
         lines = self.log.readlines()[: learner.updates + 1] if saved else []
         lines = [line for line in lines if line.endswith("\n")]  # the disk may have lost a part
         self.log.truncate(sum(map(len, lines)))
-        self.seconds = float(lines[-1].rpartition(",")[2]) if lines[1:] else 0.0
+        self.seconds = 0.0  # of training so far
         self.curve: list = []  # (steps, mean return) of each every-th row
         self.newest: list = []  # and of the last one
         self.every = 1
         for row in csv.DictReader(lines):
             self.plot(row)
+            self.seconds = float(row["seconds"])
         replace_file(self.folder / "config.json", as_json(config).encode())
         say(f"training {config.env} for {total:,} steps; everything is kept in {folder}")
         self.clock = time.monotonic()

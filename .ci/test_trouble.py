@@ -45,7 +45,7 @@ from test_thrust import (
 
 in_tmp, undisturbed = test_thrust.in_tmp, test_thrust.undisturbed  # fixtures
 HERE = pathlib.Path(__file__)
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="sends signals and reads /proc")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="sends signals")
 stuck = Faulty("hang", others="hang")
 SMALL = ["--num-envs", "4", "--minibatch-size", "64", "--total-steps", "768"]
 
@@ -330,8 +330,7 @@ def test_what_is_no_checkpoint_is_one_sentence(reason, flag, in_tmp, capsys):
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_help_and_a_run_work_on_a_narrow_console_and_every_knob_is_told(encoding, in_tmp):
     with mock.patch("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding)) as console:
-        flags = "--num-envs 4 --minibatch-size 64 --total-steps 384 --eval-episodes 2"
-        thrust.main(flags.split())
+        thrust.main([*SMALL, "--eval-episodes", "2"])
         with pytest.raises(SystemExit, match="0"):
             thrust.main(["--help"])
     console.seek(0)
@@ -378,11 +377,8 @@ def test_ranks_play_different_games_keep_equal_weights_and_log_for_all(in_tmp):
     for process in ranks:
         process.join(20)
     (_, first, mean, run), (_, second, _, none) = results
-    assert (
-        none is None
-        and mean == [0.5, 4.0]
-        and [int(row["steps"]) for row in log_of(run)] == [256, 512, 768]
-    )
+    assert none is None and mean == [0.5, 4.0]
+    assert [int(row["steps"]) for row in log_of(run)] == [256, 512, 768]
     for (row, *arrays), (other, *others), logged in zip(first, second, log_of(run)):
         assert [*map(same, arrays, others)] == [False, False, True]
         assert int(logged["episodes"]) == row["episodes"] + other["episodes"]
@@ -432,18 +428,7 @@ def spawn_everywhere():
     pathlib.Path("walk.py").write_text(program)
     sys.path.append(os.getcwd())
     with mock.patch.object(thrust.mp, "get_context", return_value=mp.get_context("spawn")):
-        thrust.main(
-            [
-                "--env",
-                "walk:Walk",
-                "--workers",
-                "2",
-                "--total-steps",
-                "4096",
-                "--eval-episodes",
-                "2",
-            ]
-        )
+        thrust.main(["--env", "walk:Walk", "--workers", "2", "--eval-episodes", "2", *SMALL])
 
 
 def test_a_run_works_where_processes_are_spawned(in_tmp):
